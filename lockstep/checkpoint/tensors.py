@@ -1,0 +1,40 @@
+"""Named tensors on disk in PyTorch's distributed-checkpoint format, which reshards when layouts change."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+from lockstep.errors import CheckpointError
+
+
+def save_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Write the tensors into `folder`, which exists."""
+    dcp.save(tensors, storage_writer=dcp.FileSystemWriter(str(folder), sync_files=True), no_dist=True)
+
+
+def load_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Fill the given tensors in place with those of the same names in `folder`.
+
+    Raises:
+        CheckpointError: a name or shape is not there, or a file is damaged.
+    """
+    try:
+        dcp.load(tensors, storage_reader=dcp.FileSystemReader(str(folder)), no_dist=True)
+    except (CheckpointException, RuntimeError, ValueError, KeyError, OSError, EOFError, pickle.UnpicklingError) as error:
+        raise CheckpointError(
+            str(folder),
+            "unreadable",
+            f"its tensors do not fit this model, or a file is damaged: {_first_cause(error)}.",
+            "Resume with the model that wrote it, or from an earlier checkpoint (--load a folder without this one).",
+        ) from error
+
+
+def _first_cause(error: BaseException) -> str:
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,113 @@
+"""The command `lockstep`. It reads the command line before anything heavy (torch, transformers) is imported."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from lockstep import __version__
+from lockstep.config.checks import check_evaluation, check_training
+from lockstep.config.config import Config
+from lockstep.config.parsing import OptionParser, option_parser, parse_options
+from lockstep.errors import LockstepError, OptionError
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code. Errors of ours are printed in one line, without a traceback."""
+    words = sys.argv[1:] if words is None else words
+    try:
+        return _dispatch(list(words))
+    except LockstepError as error:
+        print(f"lockstep: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("lockstep: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _dispatch(words: list[str]) -> int:
+    if words and words[0] in COMMANDS:
+        return COMMANDS[words[0]][0](words[1:])
+    parser = _overview()
+    if words and not words[0].startswith("-"):
+        raise OptionError("command", words[0], "there is no such command.", f"The commands are {', '.join(COMMANDS)}.")
+    parser.parse_args(words)
+    parser.print_help()
+    return 0
+
+
+def _overview() -> argparse.ArgumentParser:
+    listing = "\n".join(f"  {name:8} {text}" for name, (_, text) in COMMANDS.items())
+    parser = OptionParser(
+        prog="lockstep",
+        usage="lockstep COMMAND ...",
+        description=f"Train language models with reinforcement learning.\n\ncommands:\n{listing}",
+        epilog="`lockstep COMMAND --help` says more.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"lockstep {__version__}")
+    return parser
+
+
+def _train(words: Sequence[str]) -> int:
+    return _run_config("train", words, check_training)
+
+
+def _eval(words: Sequence[str]) -> int:
+    return _run_config("eval", words, check_evaluation)
+
+
+def _run_config(command: str, words: Sequence[str], check: Callable[[Config], None]) -> int:
+    if "--help" in words or "-h" in words:
+        option_parser(command).print_help()
+        return 0
+    parsed = parse_options(command, words)
+    config = parsed.config
+    check(config)
+    if parsed.dry_run:
+        for note in parsed.notes:
+            print(f"# {note}")
+        print(config.to_toml(), end="")
+        return 0
+    for note in parsed.notes:
+        print(f"lockstep: note: {note}", file=sys.stderr)
+    from lockstep.loop import evaluate, train
+
+    return train(config) if command == "train" else evaluate(config)
+
+
+def _report(words: Sequence[str]) -> int:
+    parser = OptionParser(prog="lockstep report", description="Write the HTML page of a run.")
+    parser.add_argument("run_dir", type=Path, help="folder of the run")
+    parser.add_argument(
+        "--output", type=Path, default=None, help="where to write the page (default: in the run's folder)"
+    )
+    options = parser.parse_args(words)
+    from lockstep.report import write_report
+
+    print(write_report(options.run_dir, options.output))
+    return 0
+
+
+def _bench(words: Sequence[str]) -> int:
+    parser = OptionParser(prog="lockstep bench", description="Measure speed on this machine.")
+    parser.add_argument("what", choices=["loop"], help="loop: sampling and training tokens/s of a tiny model")
+    parser.add_argument("--output", type=Path, default=None, help="file for the result as JSON")
+    options = parser.parse_args(words)
+    from lockstep.bench.loop import main as bench_loop
+
+    bench_loop(options.output)
+    return 0
+
+
+COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
+    "train": (_train, "train a model"),
+    "eval": (_eval, "evaluate a model on held-out prompts"),
+    "report": (_report, "write the HTML page of a run"),
+    "bench": (_bench, "measure speed on this machine"),
+}

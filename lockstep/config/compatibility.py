@@ -1,0 +1,430 @@
+"""What becomes of every slime flag: the data behind docs/compatibility.md and the parser's refusals.
+
+`same` flags are options of ours with slime's meaning. The other three kinds are decided here, before an option is
+typed: `accepted` flags ask for what happens anyway, `later` ones for what is not there yet, `never` ones for what does
+not fit. A value in `works` is always fine, so that a slime script may spell out what it does not use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Literal
+
+from lockstep.errors import OptionError
+
+
+class Status(StrEnum):
+    SAME = "same"
+    ACCEPTED = "accepted"
+    LATER = "later"
+    NEVER = "never"
+
+
+@dataclass(frozen=True)
+class SlimeFlag:
+    """One slime or Megatron flag and its fate."""
+
+    flag: str
+    status: Status
+    note: str = ""
+    """Same: what differs. Accepted: why its value is our behaviour anyway. Later and never: the reason."""
+    remedy: str = ""
+    """What to use instead, for a value that stops the run."""
+    words: Literal["none", "one", "many"] = "one"
+    """How many words follow the flag."""
+    works: tuple[Any, ...] | None = None
+    """Values that are fine; None for all of them."""
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """Single values of a `same` flag that stop, with the reason."""
+
+    @property
+    def name(self) -> str:
+        return self.flag.removeprefix("--").replace("-", "_")
+
+    @property
+    def neutral(self) -> Any:
+        """What hooks read as `args.<name>` when the flag is not an option of ours."""
+        if self.works:
+            return self.works[0]
+        return False if self.words == "none" else None
+
+    def refusal(self, value: Any) -> OptionError | None:
+        """Why this value stops the run, or None."""
+        plain = plain_value(value)
+        if isinstance(plain, str) and plain in self.refused:
+            return OptionError(self.flag, plain, self.refused[plain], self.remedy)
+        if self.works is None or plain in self.works:
+            return None
+        return OptionError(self.flag, plain, self.note, self.remedy)
+
+
+def plain_value(value: Any) -> Any:
+    """A word of the command line as the bool, int, float or text that it spells; other values as they are."""
+    if isinstance(value, list | tuple):
+        return [plain_value(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    if value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    for kind in (int, float):
+        try:
+            return kind(value)
+        except ValueError:
+            continue
+    return value
+
+
+def _same(*flags: str, note: str = "", remedy: str = "", refused: Mapping[str, str] | None = None) -> list[SlimeFlag]:
+    return [SlimeFlag(flag, Status.SAME, note, remedy, refused=refused or {}) for flag in flags]
+
+
+def _accepted(*flags: str, why: str, words: Literal["none", "one", "many"] = "one") -> list[SlimeFlag]:
+    return [SlimeFlag(flag, Status.ACCEPTED, why, words=words) for flag in flags]
+
+
+def _only(*flags: str, value: Any, why: str, remedy: str) -> list[SlimeFlag]:
+    """Accepted for one value, refused for every other."""
+    return [SlimeFlag(flag, Status.ACCEPTED, why, remedy, works=(value,)) for flag in flags]
+
+
+def _later(
+    *flags: str, why: str, use: str, words: Literal["none", "one", "many"] = "one", works: Any = None
+) -> list[SlimeFlag]:
+    neutral = (False,) if words == "none" else (works,)
+    return [SlimeFlag(flag, Status.LATER, why, use, words, works=neutral) for flag in flags]
+
+
+def _never(
+    *flags: str, why: str, use: str, words: Literal["none", "one", "many"] = "one", works: Any = None
+) -> list[SlimeFlag]:
+    neutral = (False,) if words == "none" else (works,)
+    return [SlimeFlag(flag, Status.NEVER, why, use, words, works=neutral) for flag in flags]
+
+
+_ONE_PROCESS = "the trainer runs in one process so far; training over several GPUs is not there yet."
+_USE_ONE = "Use 1 (or leave it out), with a model and max_tokens_per_gpu that fit one device."
+_NO_SERVERS = "SGLang servers are not there yet; the embedded engine samples."
+_USE_EMBEDDED = "Leave it out: the embedded engine samples on the trainer's own parameters."
+_NOTHING_SENT = "the embedded engine samples on the trainer's own parameters, so no weights are sent."
+_SPEED_ONLY = "it chooses a kernel or a schedule and changes speed only."
+_CHECKED = "never needed; checked against the HF config, and a disagreement stops."
+_PPO = "there is no critic yet."
+_USE_GRPO = "Use --advantage-estimator grpo or gspo without it."
+_OWN_MODEL = "the loss and the model are not Megatron's, so Megatron's hooks have nothing to hold on to."
+
+SECTIONS: dict[str, list[SlimeFlag]] = {
+    "Cluster": [
+        *_later("--actor-num-nodes", why=_ONE_PROCESS, use=_USE_ONE, works=1),
+        *_later("--actor-num-gpus-per-node", why=_ONE_PROCESS, use=_USE_ONE, works=1),
+        *_later(
+            "--rollout-num-gpus",
+            why="separate rollout GPUs are not there yet.",
+            use="Leave it out: rollout and training share their device.",
+        ),
+        *_accepted("--rollout-num-gpus-per-engine", why="it places SGLang's servers; the embedded engine has none."),
+        *_accepted("--num-gpus-per-node", why="one process uses one device."),
+        SlimeFlag(
+            "--colocate",
+            Status.ACCEPTED,
+            "rollout and training always share their device, and the weights too.",
+            "Leave it out: separate rollout GPUs are not there yet.",
+            "none",
+            works=(True,),
+        ),
+        *_accepted(
+            "--offload", "--offload-train", "--offload-rollout",
+            words="none",
+            why="there is one copy of the weights, so nothing is swapped between rollout and training.",
+        ),
+        *_accepted("--distributed-backend", "--distributed-timeout-minutes", why="one process has no one to talk to."),
+        *_never("--train-env-vars", why="there is one process, and it has the shell's environment.",
+                use="Set the variables in front of the command.", works="{}"),
+        *_only(
+            "--train-backend", value="megatron",
+            why="the trainer is Lockstep's own and reads Megatron's flags.",
+            remedy="Leave it out.",
+        ),
+    ],
+    "Model and checkpoint": [
+        *_same("--hf-checkpoint", note="The start weights too."),
+        *_same(
+            "--ref-load",
+            note="A folder in HF format (slime: torch_dist). Start weights come from `--hf-checkpoint`.",
+        ),
+        *_later("--ref-ckpt-step", why="a reference is a folder in HF format and has no steps.",
+                use="Give --ref-load the folder itself."),
+        *_same("--load", "--save", note="Lockstep's own atomic checkpoints, not torch_dist."),
+        *_same("--save-interval", "--save-hf", "--no-save-optim"),
+        *_accepted("--async-save", words="none", why="training waits for the write; only speed differs."),
+        *_accepted("--model-name", why="the architecture is read from the HF config."),
+        *_never("--custom-model-provider-path", why="models are Lockstep's own, not Megatron's.",
+                use="Add the architecture to lockstep/models."),
+        *_later("--only-train-params-name-list", "--freeze-params-name-list", words="many",
+                why="freezing parameters is not there yet.", use="Leave it out to train all parameters."),
+        *_later("--megatron-config-path", why=_PPO, use=_USE_GRPO),
+        *_never("--custom-config-path", why="options live in one place, the recipe.",
+                use="Write its entries into the recipe's TOML tables."),
+        *_later("--no-load-optim", "--no-load-rng", "--finetune", words="none",
+                why="resuming always restores the whole state.",
+                use="Leave out --load and give the weights as --hf-checkpoint to start afresh from them."),
+    ],
+    "Rollout": [
+        *_same("--rollout-function-path", "--custom-generate-function-path"),
+        *_same("--rollout-temperature", "--rollout-top-p", "--rollout-top-k"),
+        *_same("--rollout-max-response-len", note="Defaults to 1024 (slime: none)."),
+        *_same("--rollout-max-prompt-len", "--rollout-max-context-len"),
+        *_same("--rollout-stop", "--rollout-stop-token-ids", "--rollout-skip-special-tokens"),
+        *_same("--rollout-shuffle", "--rollout-seed"),
+        *_same("--rollout-batch-size", note="Defaults to 32 (slime: required)."),
+        *_same("--n-samples-per-prompt", "--global-batch-size", "--num-steps-per-rollout"),
+        *_same("--num-rollout", "--num-epoch", "--start-rollout-id"),
+        *_same("--over-sampling-batch-size", "--dynamic-sampling-filter-path"),
+        *_later("--partial-rollout", "--mask-offpolicy-in-partial-rollout", words="none",
+                why="continuing an aborted sample in the next rollout is not there yet.",
+                use="Leave it out: every sample is finished in its own rollout."),
+        *_same("--buffer-filter-path", "--rollout-sample-hook-path", "--rollout-sample-filter-path"),
+        *_same("--rollout-all-samples-process-path", "--rollout-data-postprocess-path"),
+        *_later("--rollout-external-engine-addrs", words="many", why=_NO_SERVERS, use=_USE_EMBEDDED),
+        *_accepted("--rollout-data-transport", why="samples never leave the process."),
+        *_later("--buffer-sort-by-staleness", words="none", why="the buffer keeps its order.",
+                use="Sort in a --buffer-filter-path function."),
+        *_only("--flush-cache-interval", value=1, why="the cache is dropped at every change of the weights.",
+               remedy="Use 1 or leave it out."),
+    ],
+    "Data": [
+        *_same("--prompt-data", "--input-key", "--label-key", "--metadata-key", "--tool-key"),
+        *_never("--multimodal-keys", why="the models read text only.", use="Use a text data set."),
+        *_same("--apply-chat-template", "--apply-chat-template-kwargs", "--data-source-path"),
+        *_later("--disable-rollout-global-dataset", words="none", why="prompts always come from the data source.",
+                use="Give --data-source-path a class of your own."),
+        *_same(
+            "--loss-mask-type",
+            refused={kind: f"the chat format {kind} is not there yet." for kind in ("qwen3_5", "distill_qwen")},
+            remedy="Use qwen or qwen3.",
+        ),
+        *_accepted("--data-pad-size-multiplier", why="rows are packed without padding."),
+    ],
+    "Batching": [
+        *_same("--micro-batch-size", "--use-dynamic-batch-size", "--max-tokens-per-gpu"),
+        *_same("--log-probs-max-tokens-per-gpu", "--log-probs-chunk-size"),
+        *_accepted("--balance-data", "--balance-by-flops", words="none",
+                   why="there is one rank, so nothing is uneven; results would not change either."),
+    ],
+    "Algorithm": [
+        *_same(
+            "--advantage-estimator",
+            refused=dict.fromkeys(
+                ("cispo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "ppo"),
+                "this estimator is not there yet.",
+            ),
+            remedy="Use grpo or gspo.",
+        ),
+        *_same("--loss-type", refused={"custom_loss": "losses of your own are not there yet."},
+               remedy="Use policy_loss or sft_loss."),
+        *_same("--eps-clip", "--eps-clip-high", "--eps-clip-c"),
+        *_accepted("--value-clip", "--critic-lr", why="it is the critic's, and there is none."),
+        *_later("--num-critic-only-steps", works=0, why=_PPO, use=_USE_GRPO),
+        *_same("--kl-coef", note="Refused unless 0: it has no effect with grpo and gspo in slime either."),
+        *_same("--use-kl-loss", note="Without `--ref-load` the reference is `--hf-checkpoint` (slime: an error)."),
+        *_same("--kl-loss-coef", "--kl-loss-type", "--use-unbiased-kl", "--ref-update-interval", "--entropy-coef"),
+        *_same("--gamma", "--lambd", "--normalize-advantages"),
+        *_same("--disable-grpo-std-normalization", "--disable-rewards-normalization", "--calculate-per-token-loss"),
+        *_same("--use-rollout-logprobs", "--get-mismatch-metrics"),
+        *_later("--use-rollout-entropy", words="none", why="entropy is reported by the training step only.",
+                use="Leave it out and read train/entropy_loss."),
+        *_same("--use-tis", "--tis-clip", "--tis-clip-low", "--custom-tis-function-path"),
+        *_never("--tis-level", why="slime has dropped it.", use="Use --custom-tis-function-path."),
+        *_later("--use-opsm", words="none", why="off-policy sequence masking is not there yet.", use="Use --use-tis."),
+        *_accepted("--opsm-delta", why="it does nothing without `--use-opsm`."),
+        *_same("--use-routing-replay", "--use-rollout-routing-replay"),
+        *_later("--use-opd", words="none", why="on-policy distillation is not there yet.", use="Leave it out."),
+        *_accepted("--opd-kl-coef", why="it does nothing without `--use-opd`."),
+        *_later("--opd-type", "--opd-teacher-load", "--opd-teacher-ckpt-step",
+                why="on-policy distillation is not there yet.", use="Leave it out."),
+        *_later("--enable-mtp-training", words="none", why="multi-token prediction layers are not trained yet.",
+                use="Leave it out."),
+        *_accepted("--mtp-num-layers", "--mtp-loss-scaling-factor",
+                   why="it does nothing without `--enable-mtp-training`."),
+        *_later("--custom-loss-function-path", "--custom-advantage-function-path",
+                "--custom-pg-loss-reducer-function-path",
+                why="losses and advantages of your own are not there yet.",
+                use="Use --custom-reward-post-process-path to change what rewards become."),
+        *_same("--disable-compute-advantages-and-returns", note="With `--loss-type sft_loss` only."),
+        *_same("--lr", "--clip-grad", "--seed", "--weight-decay", "--adam-beta1", "--adam-beta2", "--adam-eps"),
+        *_later("--reset-optimizer-states", words="none", why="the optimizer keeps its state between rollouts.",
+                use="Leave it out."),
+        *_later("--use-stateless-adam", words="none", why="only Adam with both moments is there.", use="Leave it out."),
+        *_later("--use-score-centering", words="none", why="score centering is not there yet.", use="Use --use-tis."),
+        *_later("--pg-loss-type", why="only the clipped objective is there.", use="Leave it out.", works="ppo"),
+    ],
+    "Reward": [
+        *_same("--rm-type", refused={"ifbench": "this reward is not there yet."},
+               remedy="Use --custom-rm-path with a function of your own.",
+               note="math uses math-verify; see below."),
+        *_same("--rm-url", "--custom-rm-path", "--group-rm", "--reward-key", "--eval-reward-key"),
+        *_same("--custom-reward-post-process-path"),
+        *_later("--custom-convert-samples-to-train-data-path",
+                why="the conversion of samples cannot be replaced yet.",
+                use="Use --rollout-data-postprocess-path to change its result."),
+    ],
+    "Evaluation": [
+        *_same("--eval-interval", "--eval-prompt-data", "--eval-config", "--skip-eval-before-train"),
+        *_same("--n-samples-per-eval-prompt", "--eval-temperature", "--eval-top-p", "--eval-top-k"),
+        *_same("--eval-max-response-len", "--eval-max-prompt-len", "--eval-max-context-len", "--eval-min-new-tokens"),
+        *_same("--eval-input-key", "--eval-label-key", "--eval-tool-key", "--eval-function-path"),
+    ],
+    "Weight sync": [
+        *_accepted("--update-weight-mode", "--update-weight-transport", "--update-weight-disk-dir",
+                   "--update-weight-local-checkpoint-dir", "--update-weight-delta-encoding",
+                   "--update-weight-delta-checksum", "--update-weight-buffer-size", why=_NOTHING_SENT),
+        *_accepted("--update-weight-disk-keep-files", "--check-weight-update-equal", words="none", why=_NOTHING_SENT),
+        *_later("--update-weights-interval", works=1, why="the embedded engine always samples with the newest weights.",
+                use="Use 1 or leave it out."),
+        *_accepted("--keep-old-actor", words="none",
+                   why="old log-probs are computed before the first step of a rollout, so no old copy is needed."),
+        *_accepted("--release-train", words="none", why="the sampler needs the trainer's weights, which stay."),
+        *_accepted("--custom-update-weight-post-write-path", why=_NOTHING_SENT),
+    ],
+    "SGLang and router": [
+        *_later("--sglang-config", "--sglang-router-ip", "--sglang-router-port", why=_NO_SERVERS, use=_USE_EMBEDDED),
+        *_accepted("--sglang-server-concurrency", why="the engine admits by `--rollout-max-running-requests`."),
+        *_later("--prefill-num-servers", why=_NO_SERVERS, use=_USE_EMBEDDED),
+        *_accepted("--use-distributed-post", words="none", why="samples never leave the process."),
+        *_accepted("--http-proxy", why="the engine is in this process; rewards obey HTTP_PROXY of the environment."),
+    ],
+    "Megatron": [
+        *_later("--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--context-parallel-size",
+                "--expert-model-parallel-size", "--expert-tensor-parallel-size",
+                works=1, why=_ONE_PROCESS, use=_USE_ONE),
+        *_later("--decoder-last-pipeline-num-layers", "--decoder-first-pipeline-num-layers",
+                why=_ONE_PROCESS, use="Leave it out."),
+        *_accepted("--sequence-parallel", words="none", why="with one tensor-parallel rank it means nothing."),
+        *_accepted("--recompute-granularity", "--recompute-method", "--recompute-num-layers",
+                   why="recomputing changes memory and speed, never the result."),
+        *_same("--optimizer", refused={"sgd": "only adam is there."}, remedy="Use adam."),
+        *_same(
+            "--lr-decay-style",
+            refused=dict.fromkeys(("inverse-square-root", "WSD"), "this decay is not there."),
+            remedy="Use constant, linear or cosine.",
+        ),
+        *_same("--min-lr", "--lr-decay-iters", "--lr-warmup-iters", "--lr-warmup-fraction"),
+        *_only("--lr-warmup-init", value=0, why="warm-up starts at 0.", remedy="Use 0 or leave it out."),
+        *_accepted("--optimizer-cpu-offload", "--overlap-cpu-optimizer-d2h-h2d", "--use-precision-aware-optimizer",
+                   "--use-distributed-optimizer", words="none",
+                   why="it says where the optimizer's state lives, not what it computes; here it stays on the device."),
+        *_accepted("--optimizer-offload-fraction", why="the optimizer's state stays on the device."),
+        *_only("--attention-dropout", "--hidden-dropout", value=0, why="there is no dropout.",
+               remedy="Use 0: dropout would make the trainer's log-probs differ from the sampler's."),
+        *_accepted("--accumulate-allreduce-grads-in-fp32", words="none", why="gradients are accumulated in fp32."),
+        *_never("--grad-reduce-in-bf16", words="none", why="gradients are accumulated in fp32.",
+                use="Leave it out; to save memory lower --max-tokens-per-gpu."),
+        *_accepted("--attention-softmax-in-fp32", words="none", why="the softmax runs in fp32."),
+        *_accepted("--attention-backend", "--transformer-impl", "--moe-token-dispatcher-type", "--qwen-gdn-backend",
+                   why=_SPEED_ONLY),
+        *_accepted("--moe-enable-deepep", "--moe-grouped-gemm", "--moe-permute-fusion", "--use-flash-attn",
+                   "--moe-shared-expert-overlap", "--overlap-grad-reduce", "--overlap-param-gather",
+                   "--no-gradient-accumulation-fusion", "--no-rope-fusion", "--no-masked-softmax-fusion",
+                   "--no-bias-swiglu-fusion", "--cross-entropy-loss-fusion", "--use-mcore-models",
+                   "--no-persist-layer-norm", "--manual-gc", "--recompute-loss-function",
+                   words="none", why=_SPEED_ONLY),
+        *_accepted("--cross-entropy-fusion-impl", "--manual-gc-interval", "--num-workers", why=_SPEED_ONLY),
+        *_accepted("--moe-token-drop-policy", why="no token is ever dropped."),
+        SlimeFlag("--moe-router-load-balancing-type", Status.ACCEPTED, "the balancing loss has weight 0.",
+                  "Use none.", works=("none", "aux_loss", "seq_aux_loss", "global_aux_loss")),
+        *_never("--moe-expert-capacity-factor", why="no token is ever dropped.", use="Leave it out."),
+        *_only("--moe-aux-loss-coeff", "--moe-z-loss-coeff", value=0, why="there is no auxiliary loss for the router.",
+               remedy="Use 0: in reinforcement learning it would pull the policy away from the reward."),
+        *_only("--moe-router-dtype", value="fp32", why="the router's scores are computed in fp32.", remedy="Use fp32."),
+        *_only("--moe-router-bias-update-rate", value=0, why="Qwen3's router has no bias to update.", remedy="Use 0."),
+        SlimeFlag("--bf16", Status.ACCEPTED, "it means `--params-dtype bfloat16`, the default.",
+                  "Use --params-dtype float32 for fp32.", "none", works=(True,)),
+        *_never("--fp16", words="none", why="fp16 needs loss scaling, which is not there.",
+                use="Use --params-dtype bfloat16."),
+        *_accepted("--seq-length", "--make-vocab-size-divisible-by", "--padded-vocab-size", "--tokenizer-type",
+                   "--tokenizer-model", "--ckpt-format", "--dist-ckpt-strictness",
+                   why="lengths, vocabulary and formats come from the data and the HF checkpoint."),
+        *_accepted("--use-rotary-position-embeddings", words="none", why="all supported models use rotary positions."),
+        *_never("--add-qkv-bias", words="none", why="Qwen3's attention has no bias.", use="Leave it out."),
+    ],
+    "Megatron model shape": _accepted(
+        "--spec", "--num-layers", "--hidden-size", "--ffn-hidden-size", "--num-attention-heads",
+        "--group-query-attention", "--num-query-groups", "--kv-channels", "--qk-layernorm", "--normalization",
+        "--norm-epsilon", "--apply-layernorm-1p", "--position-embedding-type", "--rotary-base", "--rotary-percent",
+        "--swiglu", "--disable-bias-linear", "--untie-embeddings-and-output-weights", "--attention-output-gate",
+        "--vocab-size", "--max-position-embeddings", "--num-experts", "--moe-ffn-hidden-size", "--moe-router-topk",
+        "--moe-layer-freq", "--moe-router-score-function", "--moe-router-pre-softmax",
+        "--moe-shared-expert-intermediate-size", "--moe-shared-expert-gate",
+        why=_CHECKED,
+    ),
+    "Fault tolerance": [
+        *_accepted("--use-fault-tolerance", words="none",
+                   why="the engine lives in the trainer's process and cannot die alone; rewards are always guarded."),
+        *_accepted("--rollout-health-check-interval", "--rollout-health-check-timeout",
+                   "--rollout-health-check-first-wait", why="there are no servers to check."),
+    ],
+    "Logging": [
+        *_same("--use-wandb", "--wandb-mode", "--wandb-dir"),
+        *_same("--wandb-key", note="Never written to a file."),
+        *_same("--wandb-host", "--wandb-team", "--wandb-group", "--wandb-project", "--wandb-run-id"),
+        *_same("--disable-wandb-random-suffix", "--wandb-always-use-train-step"),
+        *_same("--use-tensorboard", "--tb-project-name", "--tb-experiment-name"),
+        *_same("--log-multi-turn", "--log-passrate", "--log-reward-category", "--log-correct-samples"),
+        *_same("--custom-rollout-log-function-path", "--custom-eval-rollout-log-function-path"),
+    ],
+    "Debug": [
+        *_same("--debug-rollout-only", "--debug-train-only", "--save-debug-rollout-data", "--load-debug-rollout-data"),
+        *_same("--load-debug-rollout-data-subsample", "--save-debug-train-data"),
+        *_later("--load-forge-rollout-data", why="rollouts cannot be replayed with a live engine yet.",
+                use="Use --load-debug-rollout-data."),
+        *_never("--dump-details", why="each kind of debug data has its own option.",
+                use="Use --save-debug-rollout-data and --save-debug-train-data."),
+        *_later("--profile-target", words="many", why="profiling from the command line is not there yet.",
+                use="Leave it out; perf/* metrics show the time of each phase."),
+        *_later("--memory-recorder", works="torch", why="recording memory is not there yet.", use="Leave it out."),
+        *_later("--record-memory-history", words="none", why="recording memory is not there yet.", use="Leave it out."),
+        *_never("--ci-test", words="none", why="it switches on assertions of slime's own tests.",
+                use="Use --logprob-diff-limit to stop when sampler and trainer disagree."),
+    ],
+    "Megatron hooks": [
+        *_never("--custom-megatron-init-path", "--custom-megatron-before-log-prob-hook-path",
+                "--custom-megatron-before-train-step-hook-path", why=_OWN_MODEL,
+                use="Use --rollout-data-postprocess-path, or change lockstep/loop.py, which is short."),
+    ],
+}  # fmt: skip
+
+FLAGS: dict[str, SlimeFlag] = {entry.name: entry for entries in SECTIONS.values() for entry in entries}
+"""Every classified flag by its name with underscores."""
+
+OWN: dict[str, SlimeFlag] = {
+    entry.name: entry for entry in _same("--rollout-engine", refused={"sglang": _NO_SERVERS}, remedy="Use embedded.")
+}
+"""Options that slime has not got, with values that are not there yet."""
+
+ALIASES: dict[str, str] = {"use_gated_attention": "attention_output_gate"}
+"""Other spellings of an option."""
+
+SHORTHANDS: dict[str, tuple[str, str]] = {"bf16": ("params_dtype", "bfloat16")}
+"""Switches that mean a value of an option."""
+
+
+def refuse_unavailable(values: Mapping[str, Any]) -> None:
+    """Stop at the first given option whose value asks for what is not there.
+
+    Raises:
+        OptionError: with the reason and what to use instead.
+    """
+    for name, value in values.items():
+        entry = FLAGS.get(name) or OWN.get(name)
+        if entry is not None and value is not None and (error := entry.refusal(value)):
+            raise error
+
+
+def notes(names: Iterable[str]) -> list[str]:
+    """What to tell the user about accepted flags among the given ones: one line per reason."""
+    by_reason: dict[str, list[str]] = {}
+    for name in names:
+        if (entry := FLAGS.get(name)) is not None and entry.status is Status.ACCEPTED:
+            by_reason.setdefault(entry.note, []).append(entry.flag)
+    return [f"{', '.join(flags)}: {reason}" for reason, flags in by_reason.items()]

@@ -1,0 +1,82 @@
+"""Importing the functions and classes that a user names in an option."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from lockstep.errors import OptionError
+
+SLIME_PATHS = {
+    "slime.rollout.sglang_rollout.generate_rollout": "lockstep.rollout.generate.generate_rollout",
+    "slime.rollout.data_source.RolloutDataSourceWithBuffer": "lockstep.data.RolloutDataSourceWithBuffer",
+    "slime.rollout.filter_hub.dynamic_sampling_filters.check_reward_nonzero_std": (
+        "lockstep.rollout.hooks.check_nonzero_std"
+    ),
+}
+"""slime's own functions that its scripts name, and ours that do the same."""
+
+
+def load_function(path: str, option: str = "hook path") -> Any:
+    """The function or class at `package.module.name` or `path/to/file.py:name`.
+
+    Args:
+        option: the flag that named it, for the error (`--custom-rm-path`).
+    Raises:
+        OptionError: it cannot be imported; the reason carries the import's own error.
+    """
+    path = SLIME_PATHS.get(path, path)
+    if ".py:" in path:
+        file, _, name = path.rpartition(":")
+        module = _load_file(Path(file), path, option)
+    elif "." in path:
+        module_name, _, name = path.rpartition(".")
+        module = _load_module(module_name, path, option)
+    else:
+        raise OptionError(
+            option, path, "this names no module.", "Write package.module.function or path/to/file.py:function."
+        )
+    if not callable(found := getattr(module, name, None)):
+        raise OptionError(option, path, _what_is_there(module, name), "Check the name after the last separator.")
+    return found
+
+
+def _what_is_there(module: ModuleType, name: str) -> str:
+    if hasattr(module, name):
+        return f"{name} is a {type(getattr(module, name)).__name__}, which cannot be called."
+    return f"{module.__name__} has no {name}."
+
+
+def _load_module(module_name: str, path: str, option: str) -> ModuleType:
+    try:
+        return importlib.import_module(module_name)
+    except Exception as error:
+        raise OptionError(
+            option, path, f"importing {module_name} failed: {error!r}.", "Check the name, and that it is importable."
+        ) from error
+
+
+def _load_file(file: Path, path: str, option: str) -> ModuleType:
+    """Load a file once per process, under a name of its own."""
+    if not file.is_file():
+        raise OptionError(option, path, f"there is no file {file}.", "Give the path of an existing Python file.")
+    name = f"lockstep_hook_{file.resolve()}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise OptionError(
+            option, path, f"running {file} failed: {error!r}.", "Make the file importable on its own."
+        ) from error
+    return module

@@ -1,0 +1,106 @@
+"""Causal attention over packed documents (training) and over a paged cache (sampling).
+
+T packed query tokens, N query heads, K key/value heads, H head dim, B sequences, L padded length.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+_PADDING_ALLOWED = 1.25
+"""Documents whose lengths differ by less than this factor share one padded call on CPU."""
+
+
+def packed_attention_reference(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, lengths: list[int]) -> Tensor:
+    """The specification: each document alone, softmax written out."""
+    outputs = []
+    for q, k, v in zip(q_TNH.split(lengths), k_TKH.split(lengths), v_TKH.split(lengths), strict=True):
+        heads_per_key = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(heads_per_key, 1), v.repeat_interleave(heads_per_key, 1)
+        scores = torch.einsum("tnh,snh->nts", q, k) / q.shape[-1] ** 0.5
+        future = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).triu(1)
+        outputs.append(torch.einsum("nts,snh->tnh", scores.masked_fill(future, float("-inf")).softmax(-1), v))
+    return torch.cat(outputs)
+
+
+class PackedAttention:
+    """`Attend` for packed documents of the given lengths; builds its index tables once for all layers."""
+
+    def __init__(self, lengths: list[int], device: torch.device) -> None:
+        self.cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
+        self.max_length = max(lengths, default=0)
+        self._buckets = [_Bucket(members, device) for members in _length_buckets(lengths)]
+        if self._buckets:
+            self._inverse = torch.cat([bucket.real_rows for bucket in self._buckets]).argsort()
+
+    def __call__(self, layer_index: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
+        if not self._buckets:
+            return torch.zeros_like(q_TNH)
+        if q_TNH.is_cuda and q_TNH.dtype != torch.float32:
+            return _varlen_attention(q_TNH, k_TKH, v_TKH, self.cu_seqlens, self.max_length)
+        return torch.cat([bucket.attend(q_TNH, k_TKH, v_TKH) for bucket in self._buckets])[self._inverse]
+
+
+def _length_buckets(lengths: list[int]) -> list[list[tuple[int, int]]]:
+    """Group (start, length) of documents so that padding inside a group stays under `_PADDING_ALLOWED`."""
+    starts = [0]
+    for length in lengths[:-1]:
+        starts.append(starts[-1] + length)
+    buckets: list[list[tuple[int, int]]] = []
+    for start, length in sorted(zip(starts, lengths, strict=True), key=lambda item: (-item[1], item[0])):
+        if length == 0:
+            continue
+        if not buckets or buckets[-1][0][1] > length * _PADDING_ALLOWED:
+            buckets.append([])
+        buckets[-1].append((start, length))
+    return buckets
+
+
+class _Bucket:
+    """Documents of similar length, right-padded to `[B, L]`: causality alone hides the padding from real rows."""
+
+    def __init__(self, members: list[tuple[int, int]], device: torch.device) -> None:
+        starts, lengths = torch.tensor(members).unbind(1)
+        offsets = torch.arange(int(lengths.max()))
+        rows_BL = starts[:, None] + offsets.minimum(lengths[:, None] - 1)
+        is_real_BL = offsets < lengths[:, None]
+        self.rows_BL = rows_BL.to(device)
+        self.real_rows = rows_BL[is_real_BL].to(device)
+        self.real_slots = is_real_BL.flatten().nonzero().squeeze(1).to(device)
+
+    def attend(self, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
+        q, k, v = (x[self.rows_BL].transpose(1, 2) for x in (q_TNH, k_TKH, v_TKH))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return out.transpose(1, 2).flatten(0, 1)[self.real_slots]
+
+
+def _varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_length: int) -> Tensor:
+    """Flash attention over ragged documents; torch 2.11 and 2.13 spell grouped queries differently."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    arguments = (q, k, v, cu_seqlens, cu_seqlens, max_length, max_length)
+    if "enable_gqa" in varlen_attn.__annotations__:
+        return varlen_attn(*arguments, window_size=(-1, 0), enable_gqa=True)  # type: ignore[no-any-return]
+    return varlen_attn(*arguments, window_size=(-1, 0))  # type: ignore[no-any-return]
+
+
+def paged_attention(
+    q_BQNH: Tensor, k_cache: Tensor, v_cache: Tensor, slots_BL: Tensor, is_visible_BQL: Tensor
+) -> Tensor:
+    """Attention of Q new tokens per sequence over its cached keys and values.
+
+    Shapes: caches are [K, slots, H]; `slots_BL` holds each sequence's cache slots in order, padded with any valid slot;
+    `is_visible_BQL` says which of them a query may see (at least one). Result [B, Q, N, H].
+    """
+    (batch, length), width = slots_BL.shape, q_BQNH.shape[1]
+    num_keys, head_dim = k_cache.shape[0], k_cache.shape[2]
+    k, v = (cache.index_select(1, slots_BL.flatten()).view(-1, length, head_dim) for cache in (k_cache, v_cache))
+    q_BQKGH = q_BQNH.unflatten(2, (num_keys, -1))
+    groups = q_BQKGH.shape[3]
+    q = q_BQKGH.permute(2, 0, 3, 1, 4).reshape(num_keys * batch, groups * width, head_dim)
+    scores = torch.bmm(q * head_dim**-0.5, k.transpose(1, 2)).float().view(num_keys, batch, groups, width, length)
+    weights = scores.masked_fill_(~is_visible_BQL[None, :, None], float("-inf")).softmax(-1).to(v.dtype)
+    out = torch.bmm(weights.view(num_keys * batch, groups * width, length), v)
+    return out.view(num_keys, batch, groups, width, head_dim).permute(1, 3, 0, 2, 4).flatten(2, 3)

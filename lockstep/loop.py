@@ -1,0 +1,188 @@
+"""The training loop: sample, score, train, and the new weights are what samples next."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+
+import torch
+
+from lockstep.assemble import assemble
+from lockstep.config import Config
+from lockstep.observer import Clock, Observer
+from lockstep.parity import measure_parity, require_parity
+from lockstep.report import write_report
+from lockstep.rollout.debug_data import load_rollout, save_rollout
+from lockstep.run import Run, save_run
+from lockstep.stopping import GracefulStop, Interrupted
+from lockstep.tracking.progress import RunProgress
+from lockstep.trainer.engine import LogProbs
+from lockstep.training_data import TrainingData, make_training_data
+from lockstep.types import Group, RolloutFnEvalOutput, RolloutFnTrainOutput
+
+STOPPED = 130
+"""Exit code of a run that was asked to stop and has saved where it was."""
+
+
+def train(config: Config) -> int:
+    """Run `lockstep train`; returns the exit code."""
+    return asyncio.run(_with_run(config, _train))
+
+
+def evaluate(config: Config) -> int:
+    """Run `lockstep eval`: every held-out set once, under the loaded weights."""
+    return asyncio.run(_with_run(config, _evaluate_only))
+
+
+async def _train(run: Run, observer: Observer, stop: GracefulStop) -> int:
+    options = run.config
+    if run.next_rollout_id == 0 and run.eval_function is not None and not options.eval.skip_eval_before_train:
+        observer.log(-1, await stop.abandonable(run_eval(run, observer, -1)))
+    for rollout_id in range(run.next_rollout_id, run.num_rollout):
+        border = run.state()
+        try:
+            groups, metrics = await stop.abandonable(run_rollout(run, observer, rollout_id))
+        except Interrupted:
+            save(run, observer, border)
+            return STOPPED
+        if not options.debug.debug_rollout_only:
+            metrics |= train_on(run, observer, rollout_id, groups)
+        run.next_rollout_id = rollout_id + 1
+        is_last = run.next_rollout_id == run.num_rollout
+        if is_due(rollout_id, options.eval.eval_interval, is_last) and not stop.requested:
+            try:
+                metrics |= await stop.abandonable(run_eval(run, observer, rollout_id))
+            except Interrupted:
+                observer.note("the evaluation was abandoned")
+        observer.log(rollout_id, metrics)
+        if is_due(rollout_id, options.checkpoint.save_interval, is_last) or stop.requested:
+            save(run, observer, run.state())
+        if stop.requested and not is_last:
+            return STOPPED
+    return 0
+
+
+async def run_rollout(run: Run, observer: Observer, rollout_id: int) -> tuple[list[Group], dict[str, float]]:
+    """Finished, scored groups: sampled now, or loaded from an earlier run."""
+    debug = run.config.debug
+    if debug.load_debug_rollout_data is not None:
+        groups = load_rollout(
+            debug.load_debug_rollout_data, rollout_id, subsample=debug.load_debug_rollout_data_subsample
+        )
+        return groups, observer.rollout(rollout_id, groups, {})
+    with observer.clock.phase("rollout", run.config.rollout.samples_per_rollout, "perf/rollout_time"):
+        output = await observer.call(run.rollout_function, run.args, rollout_id, run.data_source)
+    if not isinstance(output, RolloutFnTrainOutput):
+        output = RolloutFnTrainOutput(output)
+    if debug.save_debug_rollout_data is not None:
+        save_rollout(debug.save_debug_rollout_data, rollout_id, output.samples)
+    return output.samples, observer.rollout(rollout_id, output.samples, output.metrics or {})
+
+
+def train_on(run: Run, observer: Observer, rollout_id: int, groups: list[Group]) -> dict[str, float]:
+    """The optimizer steps of one rollout; afterwards the sampler sees the new weights."""
+    data = make_training_data(
+        groups,
+        run.args,
+        run.advantage_estimator,
+        run.reward_post_process,
+        num_steps=run.config.rollout.steps_per_rollout,
+    )
+    if run.data_postprocess is not None:
+        run.data_postprocess(run.args, rollout_id, data)
+    if run.config.debug.save_debug_train_data is not None:
+        torch.save([vars(s) for s in data.train_samples], run.config.debug.save_debug_train_data.format(rollout_id=rollout_id))
+    version = run.trainer.version
+    before = prepare_log_probs(run, observer, data)
+    with observer.clock.phase("train", len(data.samples), "perf/actor_train_time"):
+        results = [run.trainer.step(step) for step in data.steps]
+    policy = before or results[0].policy
+    metrics = observer.train(data, results, policy)
+    parity = measure_parity(data.samples, policy, version)
+    if parity is not None:
+        metrics |= parity.metrics()
+        require_parity(parity, run.config.algorithm.logprob_diff_limit)
+    observer.keep_samples(rollout_id, data, policy)
+    update_interval = run.config.algorithm.ref_update_interval
+    if update_interval is not None and (rollout_id + 1) % update_interval == 0:
+        run.trainer.update_reference()
+    if run.engine is not None:
+        run.engine.set_version(run.trainer.version)
+    return metrics
+
+
+def prepare_log_probs(run: Run, observer: Observer, data: TrainingData) -> list[LogProbs] | None:
+    """Fill in the old and the reference log-probs that the loss needs.
+
+    With one optimizer step per rollout the old policy is the training forward itself, detached: no pass is spent.
+    Returns the policy's log-probs before the first step where a pass was spent on them.
+    """
+    algorithm, samples = run.config.algorithm, data.train_samples
+    before = None
+    if len(data.steps) > 1 or algorithm.use_routing_replay:
+        with observer.clock.phase("old log-probs", len(samples), "perf/log_probs_time"):
+            before = run.trainer.log_probs(samples)
+        for sample, old in zip(samples, before, strict=True):
+            sample.old_log_probs = old.log_probs
+    if algorithm.use_rollout_logprobs:
+        for sample in samples:
+            sample.old_log_probs = torch.tensor(sample.rollout_log_probs)
+    if algorithm.use_kl_loss:
+        with observer.clock.phase("reference log-probs", len(samples), "perf/ref_log_probs_time"):
+            for sample, ref in zip(samples, run.trainer.log_probs(samples, reference=True), strict=True):
+                sample.ref_log_probs = ref.log_probs
+    return before
+
+
+async def run_eval(run: Run, observer: Observer, rollout_id: int) -> dict[str, float]:
+    """Metrics of every held-out set under the current weights; nothing when there is none."""
+    if run.eval_function is None or run.context is None:
+        return {}
+    total = sum(len(eval_set.samples) for eval_set in run.context.eval_sets)
+    with observer.clock.phase("eval", total, "perf/eval_time"):
+        output = await observer.call(run.eval_function, run.args, rollout_id, run.data_source, evaluation=True)
+    if not isinstance(output, RolloutFnEvalOutput):
+        output = RolloutFnEvalOutput(output)
+    return observer.evaluation(rollout_id, output)
+
+
+def save(run: Run, observer: Observer, state: dict[str, object]) -> None:
+    """Write a checkpoint, if the run keeps any, and say where."""
+    with observer.clock.phase("save", None, "perf/save_model_time"):
+        folder = save_run(run, state)
+    if folder is not None:
+        observer.note(f"saved {folder}")
+
+
+def is_due(rollout_id: int, interval: int | None, is_last: bool) -> bool:
+    """Whether something that happens every `interval` rollouts, and at the end, happens after this one."""
+    return is_last or (interval is not None and (rollout_id + 1) % interval == 0)
+
+
+async def _evaluate_only(run: Run, observer: Observer, stop: GracefulStop) -> int:
+    metrics = await stop.abandonable(run_eval(run, observer, run.next_rollout_id - 1))
+    for name, value in metrics.items():
+        print(f"{name} {value:.4f}")
+    return 0
+
+
+async def _with_run(config: Config, work: Callable[[Run, Observer, GracefulStop], Awaitable[int]]) -> int:
+    """Build the run, do the work, take everything down again whatever happens."""
+    async with AsyncExitStack() as stack:
+        progress = RunProgress(config.logging.run_dir, config.rollout.num_rollout or 0)
+        clock = Clock(progress)
+        run = assemble(config, stack, on_sample=clock.advance)
+        progress.num_steps, progress.start_step = run.num_rollout, run.next_rollout_id
+        if run.context is not None:
+            await stack.enter_async_context(run.context.rewards)
+        stack.enter_context(progress)
+        stop = stack.enter_context(GracefulStop(progress.message))
+        (run.run_dir / "config.toml").write_text(config.to_toml())
+        try:
+            code = await work(run, Observer(run, clock), stop)
+        except Interrupted:
+            code = STOPPED
+    if work is _train:
+        write_report(run.run_dir)
+    return code

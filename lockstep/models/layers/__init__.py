@@ -1,0 +1,1 @@
+"""Layers shared by the model families, written for one device over packed `[T, D]` rows."""

@@ -1,0 +1,90 @@
+"""Sparse mixture of experts: a router chooses `top_k` of E gated MLPs for each token.
+
+T packed tokens, D model width, E experts, I expert width, S = top_k slots per token.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lockstep.kernels.experts import grouped_experts
+
+
+class ChooseExperts(Protocol):
+    """Which experts serve each token; the seam for recording and replaying routes."""
+
+    def __call__(self, moe_index: int, probs_TE: Tensor, top_k: int) -> Tensor:
+        """Expert ids `[T, S]`; `moe_index` counts the sparse layers from 0."""
+        ...
+
+
+def top_k_experts(moe_index: int, probs_TE: Tensor, top_k: int) -> Tensor:
+    """The router's own choice."""
+    return probs_TE.topk(top_k, dim=-1).indices
+
+
+class RecordRoutes:
+    """The router decides and is remembered in `layers`, one `[T, S]` tensor per sparse layer."""
+
+    def __init__(self) -> None:
+        self.layers: list[Tensor] = []
+
+    def __call__(self, moe_index: int, probs_TE: Tensor, top_k: int) -> Tensor:
+        chosen_TS = top_k_experts(moe_index, probs_TE, top_k)
+        self.layers.append(chosen_TS)
+        return chosen_TS
+
+    def stacked(self) -> Tensor:
+        """`[T, sparse layers, S]`."""
+        return torch.stack(self.layers, dim=1)
+
+
+class Router(nn.Module):
+    """Linear router; `weight` is HF's `mlp.gate.weight`."""
+
+    def __init__(self, hidden_size: int, num_experts: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        nn.init.normal_(self.weight, std=0.02)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return nn.functional.linear(x_TD, self.weight).softmax(dim=-1, dtype=torch.float32)
+
+
+class Experts(nn.Module):
+    """All experts of a layer, stacked: `gate_up_proj` [E, 2 I, D] and `down_proj` [E, D, I]."""
+
+    def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * intermediate_size, hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
+        nn.init.normal_(self.gate_up_proj, std=0.02)
+        nn.init.normal_(self.down_proj, std=0.02)
+
+    def forward(self, x_TD: Tensor, experts_TS: Tensor, weights_TS: Tensor) -> Tensor:
+        return grouped_experts(x_TD, experts_TS, weights_TS, self.gate_up_proj, self.down_proj)
+
+
+class MoE(nn.Module):
+    """Qwen3-MoE's feed-forward layer: softmax over all experts, then top-k, then (usually) renormalise."""
+
+    def __init__(
+        self, hidden_size: int, intermediate_size: int, num_experts: int, top_k: int, *, norm_topk_prob: bool
+    ) -> None:
+        super().__init__()
+        self.top_k = top_k
+        self.norm_topk_prob = norm_topk_prob
+        self.gate = Router(hidden_size, num_experts)
+        self.experts = Experts(num_experts, hidden_size, intermediate_size)
+
+    def forward(self, x_TD: Tensor, moe_index: int, choose_experts: ChooseExperts) -> Tensor:
+        probs_TE = self.gate(x_TD)
+        experts_TS = choose_experts(moe_index, probs_TE, self.top_k)
+        weights_TS = probs_TE.gather(-1, experts_TS)
+        if self.norm_topk_prob:
+            weights_TS = weights_TS / weights_TS.sum(dim=-1, keepdim=True)
+        mixed: Tensor = self.experts(x_TD, experts_TS, weights_TS.to(x_TD.dtype))
+        return mixed

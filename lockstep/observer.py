@@ -1,0 +1,206 @@
+"""What a run shows and keeps: phases with their times, metrics of every step, samples for the report."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+from lockstep import metrics as declared
+from lockstep.config.hooks import load_function
+from lockstep.report.samples import write_samples
+from lockstep.run import Run
+from lockstep.tracking.progress import Phase, RunProgress
+from lockstep.trainer.engine import LogProbs, StepResult
+from lockstep.training_data import TrainingData
+from lockstep.types import Group, RolloutFnEvalOutput, Sample
+
+KEPT_SAMPLES = 64
+"""Samples of each rollout that are written for the report; whole groups, the first ones."""
+
+
+class Clock:
+    """Seconds by metric name, added up until they are taken; and the phase that is on show."""
+
+    def __init__(self, progress: RunProgress) -> None:
+        self.progress = progress
+        self._seconds: Counter[str] = Counter()
+        self._phase: Phase | None = None
+        self._started = time.perf_counter()
+
+    @contextmanager
+    def phase(self, name: str, total: int | None, metric: str) -> Iterator[None]:
+        """Show and time a part of a step."""
+        started = time.perf_counter()
+        with self.progress.phase(name, total) as phase:
+            self._phase = phase
+            try:
+                yield
+            finally:
+                self._phase = None
+                self._seconds[metric] += time.perf_counter() - started
+
+    def advance(self, count: int = 1) -> None:
+        """One more sample of the current phase is done."""
+        if self._phase is not None:
+            self._phase.advance(count)
+
+    def take(self) -> dict[str, float]:
+        """Times since the last call, with slime's sums: training, waiting for it, and the whole step."""
+        now = time.perf_counter()
+        seconds, self._seconds = dict(self._seconds), Counter()
+        step_time, self._started = now - self._started, now
+        training = ("perf/log_probs_time", "perf/ref_log_probs_time", "perf/actor_train_time")
+        train_time = sum(seconds.get(name, 0.0) for name in training)
+        return seconds | {
+            "perf/train_time": train_time,
+            "perf/train_wait_time": step_time - train_time,
+            "perf/step_time": step_time,
+            "perf/wait_time_ratio": 1 - train_time / step_time,
+        }
+
+
+class Observer:
+    """Turns what the loop hands over into metrics, and sends them where the user looks."""
+
+    def __init__(self, run: Run, clock: Clock) -> None:
+        self.run = run
+        self.clock = clock
+        logging = run.config.logging
+        self._kept: list[dict[str, Any]] = []
+        self._rollout_log = _optional(logging.custom_rollout_log_function_path, "--custom-rollout-log-function-path")
+        self._eval_log = _optional(
+            logging.custom_eval_rollout_log_function_path, "--custom-eval-rollout-log-function-path"
+        )
+
+    async def call(self, function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        """Call a rollout function, plain or async, with the run's rewards and engine in reach."""
+        assert self.run.context is not None or self.run.engine is None
+        if self.run.context is not None:
+            self.run.context.enter()
+        result = function(*arguments, **named)
+        return await result if inspect.isawaitable(result) else result
+
+    def rollout(self, rollout_id: int, groups: list[Group], reported: dict[str, Any]) -> dict[str, float]:
+        """Metrics of a rollout's samples, its rewards and its data."""
+        run = self.run
+        rollout_time = reported.get("perf/rollout_time", 0.0)
+        if self._rollout_log is not None:
+            samples = [sample for group in groups for sample in group]
+            if self._rollout_log(rollout_id, run.args, samples, reported, rollout_time):
+                return {}
+        metrics = declared.rollout_metrics(groups, run.args) | reported | {"rollout/step": float(rollout_id)}
+        if rollout_time:
+            metrics |= declared.rollout_perf_metrics(groups, rollout_time, 1)
+        if run.context is not None:
+            counts = run.context.rewards.take_counts()
+            for outcome in ("timeout", "exception", "crash", "invalid"):
+                metrics[f"rollout/reward_{outcome}"] = float(counts.get(outcome, 0))
+            scored = sum(counts.get(name, 0) for name in ("ok", "timeout", "exception", "crash", "invalid"))
+            if scored and counts.get("no_thinking_end", 0) == scored:
+                self.note(
+                    "every reward of this step is 0 because no response holds </think> or ###Response, which "
+                    "--rm-type deepscaler asks for; use --rm-type math for models that do not think aloud"
+                )
+        counters = run.data_source.counters
+        metrics["rollout/overlong_prompts"] = float(counters["over_long_prompts"])
+        metrics["rollout/malformed_rows"] = float(counters["malformed_rows"])
+        return metrics
+
+    def train(self, data: TrainingData, results: list[StepResult], policy: list[LogProbs]) -> dict[str, float]:
+        """Metrics of a rollout's optimizer steps: means over them, sums of counts, the last learning rate."""
+        metrics: dict[str, float] = {}
+        for name in results[0].metrics:
+            values = [result.metrics[name] for result in results]
+            metrics[name] = sum(values) / len(values)
+            if name == "train/skipped_steps":
+                metrics[name] = sum(values)
+            elif name.startswith("train/lr"):
+                metrics[name] = values[-1]
+        masks = [sample.loss_mask for sample in data.train_samples]
+        metrics["train/step"] = float(self.run.trainer.version)
+        metrics["rollout/log_probs"] = declared.token_mean_per_sample([p.log_probs.tolist() for p in policy], masks)
+        references = [s.ref_log_probs for s in data.train_samples if s.ref_log_probs is not None]
+        if references:
+            metrics["rollout/ref_log_probs"] = declared.token_mean_per_sample([r.tolist() for r in references], masks)
+        if self.run.advantage_estimator is not None:
+            advantages = [sample.advantage for sample in data.train_samples]
+            metrics["rollout/advantages"] = metrics["rollout/rewards"] = sum(advantages) / len(advantages)
+        metrics["train/tokens"] = float(sum(len(sample.tokens) for sample in data.train_samples))
+        if metrics["train/skipped_steps"]:
+            self.note("an optimizer step was skipped: the gradient's norm was not finite; the weights are untouched")
+        return metrics
+
+    def evaluation(self, rollout_id: int, output: RolloutFnEvalOutput) -> dict[str, float]:
+        """Metrics of the held-out sets."""
+        run = self.run
+        if self._eval_log is not None and self._eval_log(rollout_id, run.args, output.data, output.metrics):
+            return {}
+        metrics = dict(output.metrics) if output.metrics else declared.eval_metrics(output.data, run.args)
+        if run.context is not None:
+            run.context.rewards.take_counts(evaluation=True)
+        for name, results in output.data.items():
+            self._kept += [self._record(rollout_id, s, eval_set=name) for s in results.get("samples", [])[:KEPT_SAMPLES]]
+        return metrics | {"eval/step": float(rollout_id)}
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Close a step: every metric must be declared."""
+        metrics = metrics | self.clock.take()
+        if "perf/actor_train_time" in metrics:
+            metrics["perf/actor_train_tok_per_s"] = metrics["train/tokens"] / metrics["perf/actor_train_time"]
+        declared.check(metrics)
+        if step >= 0 and self._kept:
+            write_samples(self.run.run_dir, step, self._kept)
+            self._kept = []
+        self.run.trackers.log(step, metrics)
+        self.clock.progress.step(step, metrics)
+
+    def keep_samples(self, rollout_id: int, data: TrainingData, policy: list[LogProbs]) -> None:
+        """Remember some samples of a rollout for the report, with their log-probs; `log` writes them."""
+        together = zip(data.samples, data.train_samples, policy, strict=True)
+        self._kept += [
+            self._record(rollout_id, sample, advantage=train_sample.advantage, policy=result)
+            for sample, train_sample, result in islice(together, KEPT_SAMPLES)
+        ]
+
+    def note(self, text: str) -> None:
+        self.clock.progress.message(text)
+
+    def _record(
+        self,
+        rollout_id: int,
+        sample: Sample,
+        *,
+        advantage: float | None = None,
+        policy: LogProbs | None = None,
+        eval_set: str | None = None,
+    ) -> dict[str, Any]:
+        tokenizer = self.run.tokenizer
+        response = sample.tokens[sample.prompt_length :]
+        key = self.run.config.reward.reward_key
+        reward = sample.reward[key] if key and isinstance(sample.reward, dict) else sample.reward
+        return {
+            "step": rollout_id,
+            "group_index": sample.group_index,
+            "index": sample.index,
+            "prompt": tokenizer.decode(sample.tokens[: sample.prompt_length]),
+            "response": sample.response or tokenizer.decode(response),
+            "label": sample.label,
+            "reward": reward if isinstance(reward, int | float) else None,
+            "advantage": advantage,
+            "status": sample.status.value,
+            "response_tokens": [tokenizer.decode([token]) for token in response],
+            "rollout_log_probs": sample.rollout_log_probs or [],
+            "policy_log_probs": [] if policy is None else policy.log_probs.tolist(),
+            "loss_mask": sample.loss_mask if sample.loss_mask is not None else [1] * sample.response_length,
+            "eval": eval_set,
+        }
+
+
+def _optional(path: str | None, option: str) -> Callable[..., Any] | None:
+    function: Callable[..., Any] | None = load_function(path, option) if path else None
+    return function

@@ -1,0 +1,73 @@
+"""Do the sampler and the trainer agree? Measured every step, on tokens that the current weights sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lockstep.errors import ParityError
+from lockstep.trainer.engine import LogProbs
+from lockstep.types import Sample
+
+EXPLAINABLE = 1e-4
+"""Differences above this, in fp32, come from another choice of experts or from a defect."""
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Differences of log-probs, trainer minus sampler, over the comparable tokens of a batch."""
+
+    abs_diff: Tensor
+    routes_differ: Tensor
+
+    @property
+    def mean(self) -> float:
+        return float(self.abs_diff.mean()) if len(self.abs_diff) else 0.0
+
+    def metrics(self) -> dict[str, float]:
+        return {
+            "train/train_rollout_logprob_abs_diff": self.mean,
+            "train/train_rollout_logprob_abs_diff_max": float(self.abs_diff.max()) if len(self.abs_diff) else 0.0,
+            "train/routing_flips": float(self.routes_differ.sum()),
+            "train/logprob_diff_unexplained": float(((self.abs_diff > EXPLAINABLE) & ~self.routes_differ).sum()),
+        }
+
+
+def measure_parity(samples: Sequence[Sample], trained: Sequence[LogProbs], version: int) -> Parity | None:
+    """Compare token by token; tokens of other policy versions, of tools and of other engines' gaps are left out.
+
+    Returns None when no token can be compared (SFT, or a rollout of older weights).
+    """
+    diffs, differ = [], []
+    for sample, result in zip(samples, trained, strict=True):
+        if sample.rollout_log_probs is None:
+            continue
+        versions = sample.weight_versions + [""] * (sample.response_length - len(sample.weight_versions))
+        mask = sample.loss_mask if sample.loss_mask is not None else [1] * sample.response_length
+        comparable = torch.tensor([v == str(version) and m == 1 for v, m in zip(versions, mask, strict=True)])
+        diff = (result.log_probs - torch.tensor(sample.rollout_log_probs)).abs()
+        diffs.append(diff[comparable])
+        flags = result.routes_differ if result.routes_differ is not None else torch.zeros_like(comparable)
+        differ.append(flags[comparable])
+    if not diffs or not sum(map(len, diffs)):
+        return None
+    return Parity(torch.cat(diffs), torch.cat(differ))
+
+
+def require_parity(parity: Parity, limit: float | None) -> None:
+    """Stop the run when sampler and trainer disagree.
+
+    Raises:
+        ParityError: the mean difference exceeds the user's limit, or is not a number.
+    """
+    if limit is not None and not parity.mean <= limit:
+        raise ParityError(
+            "train/train_rollout_logprob_abs_diff",
+            parity.mean,
+            f"sampler and trainer disagree by more than --logprob-diff-limit {limit} nat per token, so the policy "
+            "gradient would be wrong.",
+            "Look at rollout samples and their per-token differences in the report; raise the limit to go on anyway.",
+        )

@@ -1,0 +1,173 @@
+"""The embedded engine: schedule, run, hand out, on the trainer's own parameters.
+
+A request's life: `generate` queues a `Sequence`; the driver task calls `step` on the engine's thread until nothing is
+left; `step` asks the `Scheduler` for a batch, the `ModelRunner` computes it, finished sequences resolve their futures.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence as Tokens
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from lockstep.models import Qwen3
+from lockstep.rollout.embedded.block_manager import BlockManager
+from lockstep.rollout.embedded.runner import ModelRunner
+from lockstep.rollout.embedded.sampler import stream_key
+from lockstep.rollout.embedded.scheduler import Scheduler
+from lockstep.rollout.embedded.sequence import Sequence
+from lockstep.rollout.engine import FinishReason, Generation, SamplingParams
+
+_SETTLE_TURNS = 8
+"""Turns of the event loop between steps in which generate functions may react to a finished request, so that a
+follow-up request joins the next step whatever the clock does."""
+
+
+class EmbeddedEngine:
+    """Continuous batching over a paged cache.
+
+    Args:
+        decode_text: turns token ids into text, for stop strings.
+        seed: the run's sampling seed; joins every stream key.
+    """
+
+    def __init__(
+        self,
+        model: Qwen3,
+        *,
+        num_blocks: int,
+        block_size: int,
+        max_running: int,
+        max_prefill_tokens: int,
+        decode_text: Callable[[list[int]], str],
+        seed: int,
+    ) -> None:
+        self.blocks = BlockManager(num_blocks, block_size)
+        self.scheduler = Scheduler(self.blocks, max_running=max_running, max_prefill_tokens=max_prefill_tokens)
+        self.runner = ModelRunner(model, num_blocks=num_blocks, block_size=block_size)
+        self.seed = seed
+        self.version = 0
+        self._decode_text = decode_text
+        self._inbox: list[Sequence] = []
+        self._driver: asyncio.Task[None] | None = None
+        self._thread = ThreadPoolExecutor(1, "engine", initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),))
+
+    async def generate(self, input_ids: Tokens[int], params: SamplingParams, stream: tuple[int, ...]) -> Generation:
+        sequence = self.sequence(input_ids, params, stream)
+        sequence.future = asyncio.get_running_loop().create_future()
+        self._inbox.append(sequence)
+        if self._driver is None or self._driver.done():
+            self._driver = asyncio.create_task(self._drive())
+        return await sequence.future
+
+    def sequence(self, input_ids: Tokens[int], params: SamplingParams, stream: tuple[int, ...]) -> Sequence:
+        return Sequence(list(input_ids), params, stream, stream_key(self.seed, *stream))
+
+    def add(self, sequence: Sequence) -> None:
+        self.scheduler.add(sequence)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.scheduler.waiting or self.scheduler.running)
+
+    def step(self) -> list[Sequence]:
+        """One forward pass; returns the sequences that finished, each with its `generation`."""
+        scheduled = self.scheduler.schedule()
+        self.runner.run(scheduled)
+        finished = []
+        for sequence in scheduled:
+            sequence.weight_versions.append(str(self.version))
+            reason = self._finish_reason(sequence)
+            if reason is not None:
+                self._finish(sequence, reason)
+                finished.append(sequence)
+        return finished
+
+    def abort_all(self) -> None:
+        """End every request with what it has; call between steps, or from the event loop while a step runs."""
+        for sequence in [*self._inbox, *self.scheduler.running, *self.scheduler.waiting]:
+            sequence.finish_reason = "abort"
+
+    def set_version(self, version: int) -> None:
+        assert not self.has_work, "weights must not change under running sequences"
+        self.version = version
+        self.blocks.check_integrity()
+        self.blocks.forget_prefixes()
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=True)
+
+    async def _drive(self) -> None:
+        try:
+            await _settle()
+            while self._inbox or self.has_work:
+                self._admit_inbox()
+                finished = [s for s in [*self.scheduler.running, *self.scheduler.waiting] if s.finish_reason]
+                for sequence in finished:
+                    self._finish(sequence, "abort")
+                if self.has_work:
+                    finished += await asyncio.get_running_loop().run_in_executor(self._thread, self.step)
+                for sequence in finished:
+                    _resolve(sequence, sequence.generation)
+                if finished:
+                    await _settle()
+        except BaseException as error:
+            for sequence in [*self._inbox, *self.scheduler.running, *self.scheduler.waiting]:
+                _resolve(sequence, error)
+            self._inbox.clear()
+            for sequence in [*self.scheduler.running, *self.scheduler.waiting]:
+                self.scheduler.finish(sequence)
+            if not isinstance(error, Exception):
+                raise
+
+    def _admit_inbox(self) -> None:
+        arrived, self._inbox = self._inbox, []
+        for sequence in arrived:
+            try:
+                self.scheduler.add(sequence)
+            except Exception as error:
+                _resolve(sequence, error)
+
+    def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
+        params = sequence.params
+        if sequence.num_new_tokens >= params.min_new_tokens:
+            if sequence.tokens[-1] in params.stop_token_ids:
+                return "stop"
+            if params.stop:
+                # A stop string ends in the newest token, so only the tail that could hold it is decoded.
+                tail = self._decode_text(sequence.new_tokens[-max(map(len, params.stop)) - 1 :])
+                if any(stop in tail for stop in params.stop):
+                    return "stop"
+        return "length" if sequence.num_new_tokens >= params.max_new_tokens else None
+
+    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        cuts = sequence.params.cuts_tail
+        sequence.finish_reason = reason
+        sequence.generation = Generation(
+            token_ids=sequence.new_tokens,
+            log_probs=sequence.log_probs,
+            finish_reason=reason,
+            weight_versions=sequence.weight_versions,
+            kept_token_ids=[t for ids in sequence.kept for t in ids] if cuts else None,
+            kept_token_offsets=sequence.kept_offsets() if cuts else None,
+            routed_experts=self.runner.routed_experts_of(sequence) if sequence.block_table else None,
+            cached_tokens=sequence.cached_tokens,
+        )
+        self.scheduler.finish(sequence)
+
+
+def _resolve(sequence: Sequence, outcome: Any) -> None:
+    if sequence.future is None or sequence.future.done():
+        return
+    if isinstance(outcome, BaseException):
+        sequence.future.set_exception(outcome)
+    else:
+        sequence.future.set_result(outcome)
+
+
+async def _settle() -> None:
+    for _ in range(_SETTLE_TURNS):
+        await asyncio.sleep(0)

@@ -1,0 +1,147 @@
+"""One forward pass of the shared model over scheduled sequences, through the paged cache.
+
+T new tokens of the pass, B sequences, Q new tokens per sequence (padded), L context (padded), N query heads,
+K key/value heads, H head dim.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lockstep.kernels.attention import PackedAttention, paged_attention
+from lockstep.kernels.linear_log_probs import linear_logits
+from lockstep.models import Qwen3
+from lockstep.models.layers.moe import RecordRoutes
+from lockstep.rollout.embedded.sampler import sample, stream_uniform
+from lockstep.rollout.embedded.sequence import Sequence
+
+
+class ModelRunner:
+    """Owns the cache tensors; borrows the model from the trainer and never copies a weight."""
+
+    def __init__(self, model: Qwen3, *, num_blocks: int, block_size: int) -> None:
+        config = model.config
+        weight = model.lm_head.weight
+        self.model = model
+        self.block_size = block_size
+        num_slots = num_blocks * block_size
+        shape = (config.num_hidden_layers, 2, config.num_key_value_heads, num_slots, config.head_dim)
+        self.kv_cache = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+        self.routed_experts: Tensor | None = None
+        if config.num_sparse_layers:
+            shape = (num_slots, config.num_sparse_layers, config.num_experts_per_tok)
+            self.routed_experts = torch.zeros(shape, dtype=torch.int16, device=weight.device)
+
+    @property
+    def device(self) -> torch.device:
+        return self.kv_cache.device
+
+    @torch.inference_mode()
+    def run(self, sequences: list[Sequence]) -> None:
+        """Compute every uncomputed token of the sequences and append one sampled token to each."""
+        batch = _Batch(sequences, self.block_size, self.device)
+        routes = RecordRoutes()
+        hidden_TD = self.model(batch.input_ids, batch.positions, _PagedAttend(self.kv_cache, batch), routes)
+        if self.routed_experts is not None:
+            self.routed_experts[batch.new_slots] = routes.stacked().to(torch.int16)
+        self._append_sampled(sequences, linear_logits(hidden_TD[batch.last_rows], self.model.lm_head.weight))
+
+    def routed_experts_of(self, sequence: Sequence) -> np.ndarray | None:
+        """Expert ids of all tokens but the last, `[tokens - 1, sparse layers, top_k]`."""
+        if self.routed_experts is None:
+            return None
+        slots = _slots(sequence.block_table, self.block_size)[: len(sequence.tokens) - 1]
+        return self.routed_experts[torch.from_numpy(slots).to(self.device)].cpu().numpy()
+
+    def _append_sampled(self, sequences: list[Sequence], logits_BV: Tensor) -> None:
+        params = [s.params for s in sequences]
+        for row, sequence in enumerate(sequences):
+            if sequence.num_new_tokens < sequence.params.min_new_tokens:
+                logits_BV[row, list(sequence.params.stop_token_ids)] = float("-inf")
+        cuts = any(p.cuts_tail for p in params)
+        sampled = sample(
+            logits_BV,
+            self._row([p.temperature for p in params], torch.float32),
+            stream_uniform(
+                self._row([s.stream_key for s in sequences], torch.int64),
+                self._row([len(s.tokens) for s in sequences], torch.int64),
+            ),
+            top_p_B=self._row([p.top_p if p.cuts_tail else 1.0 for p in params], torch.float64) if cuts else None,
+            top_k_B=self._row([p.top_k if p.cuts_tail else -1 for p in params], torch.int64) if cuts else None,
+        )
+        kept = None if sampled.is_kept_BV is None else sampled.is_kept_BV.cpu()
+        tokens, log_probs = sampled.tokens_B.tolist(), sampled.log_probs_B.tolist()
+        for row, (sequence, token, log_prob) in enumerate(zip(sequences, tokens, log_probs, strict=True)):
+            sequence.num_computed_tokens = len(sequence.tokens)
+            sequence.tokens.append(token)
+            sequence.log_probs.append(log_prob)
+            if kept is not None and sequence.params.cuts_tail:
+                sequence.kept.append(kept[row].nonzero().squeeze(1).tolist())
+
+    def _row(self, values: list[int] | list[float], dtype: torch.dtype) -> Tensor:
+        return torch.tensor(values, dtype=dtype).to(self.device, non_blocking=True)
+
+
+class _Batch:
+    """Index tables of one pass, built once for all layers."""
+
+    def __init__(self, sequences: list[Sequence], block_size: int, device: torch.device) -> None:
+        starts = np.array([s.num_computed_tokens for s in sequences])
+        ends = np.array([len(s.tokens) for s in sequences])
+        self.new_lengths: list[int] = (ends - starts).tolist()
+        self.has_context = bool(starts.any())
+        tables = np.zeros((len(sequences), max(len(s.block_table) for s in sequences)), dtype=np.int64)
+        for row, sequence in enumerate(sequences):
+            tables[row, : len(sequence.block_table)] = sequence.block_table
+        slots_BL = (tables[:, :, None] * block_size + np.arange(block_size)).reshape(len(sequences), -1)
+        slots_BL = slots_BL[:, : ends.max()]
+        if max(self.new_lengths) == 1:
+            input_ids = [s.tokens[-1] for s in sequences]
+            positions, rows = starts, np.arange(len(sequences))
+        else:
+            input_ids = [t for s in sequences for t in s.tokens[s.num_computed_tokens :]]
+            positions = np.concatenate([np.arange(a, b) for a, b in zip(starts, ends, strict=True)])
+            rows = np.repeat(np.arange(len(sequences)), self.new_lengths)
+        self.input_ids = torch.tensor(input_ids).to(device)
+        self.positions = torch.from_numpy(positions).to(device)
+        self.new_slots = torch.from_numpy(slots_BL[rows, positions]).to(device)
+        self.last_rows = torch.from_numpy(np.cumsum(self.new_lengths) - 1).to(device)
+        self.packed = None if self.has_context else PackedAttention(self.new_lengths, device)
+        if self.has_context:
+            width = max(self.new_lengths)
+            columns = positions - starts[rows]
+            self.padded_rows = torch.from_numpy(rows * width + columns).to(device)
+            positions_BQ = np.zeros((len(sequences), width), dtype=np.int64)
+            positions_BQ[rows, columns] = positions
+            self.slots_BL = torch.from_numpy(slots_BL).to(device)
+            visible = np.arange(slots_BL.shape[1]) <= positions_BQ[:, :, None]
+            self.is_visible_BQL = torch.from_numpy(visible).to(device)
+
+
+class _PagedAttend:
+    """`Attend` that stores new keys and values in the cache, then attends over all of a sequence's slots.
+
+    Storing comes first, so sequences of one pass may share prefix blocks that one of them is just filling.
+    """
+
+    def __init__(self, kv_cache: Tensor, batch: _Batch) -> None:
+        self.kv_cache = kv_cache
+        self.batch = batch
+
+    def __call__(self, layer_index: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
+        batch = self.batch
+        k_cache, v_cache = self.kv_cache[layer_index]
+        k_cache.index_copy_(1, batch.new_slots, k_TKH.transpose(0, 1))
+        v_cache.index_copy_(1, batch.new_slots, v_TKH.transpose(0, 1))
+        if batch.packed is not None:
+            return batch.packed(layer_index, q_TNH, k_TKH, v_TKH)
+        count, width = batch.is_visible_BQL.shape[:2]
+        q_BQNH = q_TNH.new_zeros(count * width, *q_TNH.shape[1:]).index_copy_(0, batch.padded_rows, q_TNH)
+        out = paged_attention(q_BQNH.unflatten(0, (count, width)), k_cache, v_cache, batch.slots_BL, batch.is_visible_BQL)
+        return out.flatten(0, 1)[batch.padded_rows]
+
+
+def _slots(block_table: list[int], block_size: int) -> np.ndarray:
+    return (np.array(block_table)[:, None] * block_size + np.arange(block_size)).ravel()

@@ -1,0 +1,250 @@
+"""From prompts to scored groups: the built-in rollout and evaluation functions.
+
+The choice of groups never looks at the clock: requests are admitted in (group, sample) order, groups are judged in the
+order they were drawn, and what is not needed goes back into the buffer unstarted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import inspect
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from lockstep.errors import LockstepError, RolloutError
+from lockstep.metrics import eval_metrics
+from lockstep.rewards import RewardPool
+from lockstep.rollout.evaluation import EvalSet
+from lockstep.rollout.hooks import RolloutHooks
+from lockstep.rollout.policy import Policy, current_policy, set_current_policy
+from lockstep.types import Group, RolloutFnEvalOutput, RolloutFnTrainOutput, Sample
+
+MAX_EMPTY_ROUNDS = 10
+"""Rounds of prompts in a row that may end without one usable group before the run stops."""
+
+_CONTEXT: ContextVar[RolloutContext] = ContextVar("rollout_context")
+
+
+@dataclass(frozen=True)
+class RolloutContext:
+    """What the built-in rollout functions need beside their arguments."""
+
+    policy: Policy
+    rewards: RewardPool
+    hooks: RolloutHooks
+    sampling_params: dict[str, Any]
+    eval_sets: list[EvalSet]
+    on_sample: Callable[[], None] = lambda: None
+    """Called for each finished sample, for progress."""
+
+    def enter(self) -> None:
+        """Make this the context of the calling task and of those it starts."""
+        _CONTEXT.set(self)
+
+
+@dataclass
+class _Round:
+    """Groups kept and lost so far in one rollout, and why."""
+
+    kept: list[Group] = field(default_factory=list)
+    dropped: list[Group] = field(default_factory=list)
+    spare: list[Group] = field(default_factory=list)
+    """Dropped by the filter, but better than nothing."""
+    counts: Counter[str] = field(default_factory=Counter)
+
+
+async def generate_rollout(
+    args: Any, rollout_id: int, data_source: Any, evaluation: bool = False
+) -> RolloutFnTrainOutput | RolloutFnEvalOutput:
+    """`--rollout-batch-size` finished, scored groups, or the evaluation of every held-out set."""
+    context = _CONTEXT.get()
+    if evaluation:
+        return await _evaluate(args, rollout_id, context)
+    set_current_policy(context.policy.for_stream(0, rollout_id))
+    state = _Round()
+    started = time.perf_counter()
+    empty_rounds = 0
+    while len(state.kept) < args.rollout_batch_size:
+        kept_before = len(state.kept)
+        await _run_round(args, rollout_id, data_source, context, state)
+        while state.spare and len(state.kept) < args.rollout_batch_size:
+            state.kept.append(state.spare.pop(0))
+        empty_rounds = 0 if len(state.kept) > kept_before else empty_rounds + 1
+        if empty_rounds == MAX_EMPTY_ROUNDS:
+            raise RolloutError(
+                "rollout",
+                dict(state.counts),
+                f"{MAX_EMPTY_ROUNDS} rounds of prompts in a row left no group to train on.",
+                "Look at the dynamic sampling filter, the reward and --reward-failure-policy.",
+            )
+    if context.hooks.sample_filter is not None:
+        context.hooks.sample_filter(args, state.kept)
+    if context.hooks.all_samples_process is not None:
+        context.hooks.all_samples_process(args, state.kept + state.dropped, data_source)
+    metrics: dict[str, float] = {f"rollout/{name}": float(value) for name, value in state.counts.items()}
+    metrics["rollout/prompts_trained"] = float(len(state.kept))
+    metrics["perf/rollout_time"] = time.perf_counter() - started
+    _add_cache_metrics(metrics, state.kept)
+    return RolloutFnTrainOutput(state.kept, metrics)
+
+
+async def _run_round(args: Any, rollout_id: int, data_source: Any, context: RolloutContext, state: _Round) -> None:
+    """Draw one round of prompts and judge its groups in drawing order, until the rollout has enough."""
+    drawn: list[Group] = data_source.get_samples(args.over_sampling_batch_size)
+    pristine = copy.deepcopy(drawn)
+    state.counts["prompts_drawn"] += len(drawn)
+    tasks = [asyncio.create_task(_finish_group(args, group, rollout_id, context)) for group in drawn]
+    try:
+        for position, task in enumerate(tasks):
+            if len(state.kept) == args.rollout_batch_size:
+                unused = pristine[position:]
+                data_source.add_samples(unused)
+                state.counts["prompts_deferred"] += len(unused)
+                return
+            _judge(args, await task, context.hooks, state)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _judge(args: Any, group: Group, hooks: RolloutHooks, state: _Round) -> None:
+    scored = [sample for sample in group if sample.reward is not None]
+    needs_group = not args.disable_rewards_normalization
+    if len({sample.rollout_id for sample in scored}) < (2 if needs_group else 1):
+        state.counts["prompts_failed"] += 1
+        state.counts["groups_dropped_too_small"] += 1
+        state.dropped.append(group)
+        return
+    verdict = hooks.verdict(args, scored)
+    if verdict.keep:
+        state.kept.append(scored)
+        return
+    state.counts["prompts_filtered"] += 1
+    state.counts[f"dynamic_filter/drop_{verdict.reason or 'no_reason'}"] += 1
+    (state.spare if verdict.keep_when_insufficient else state.dropped).append(scored)
+
+
+async def _finish_group(args: Any, group: Group, rollout_id: int, context: RolloutContext) -> Group:
+    """Generate and score every sample of a group; samples whose reward was dropped keep the reward None."""
+    finished = await _gather([_finish_sample(args, s, context, rollout_id, context.sampling_params) for s in group])
+    samples = [sample for siblings in finished for sample in siblings]
+    if args.group_rm:
+        outcomes = await context.rewards.score_group(samples)
+        for sample, outcome in zip(samples, outcomes, strict=True):
+            sample.reward = outcome.reward
+    return samples
+
+
+async def _finish_sample(
+    args: Any,
+    sample: Sample,
+    context: RolloutContext,
+    rollout_id: int,
+    sampling_params: dict[str, Any],
+    *,
+    evaluation: bool = False,
+) -> list[Sample]:
+    siblings = await _call_generate(args, sample, context.hooks, dict(sampling_params), evaluation)
+    siblings = [
+        await context.hooks.before_reward(args, s, rollout_id=rollout_id, evaluation=evaluation) for s in siblings
+    ]
+    if not args.group_rm or evaluation:
+        unscored = [s for s in siblings if s.reward is None]
+        outcomes = await _gather([context.rewards.score(s) for s in unscored])
+        for s, outcome in zip(unscored, outcomes, strict=True):
+            s.reward = outcome.reward
+    context.on_sample()
+    return siblings
+
+
+async def _call_generate(
+    args: Any, sample: Sample, hooks: RolloutHooks, sampling_params: dict[str, Any], evaluation: bool
+) -> list[Sample]:
+    custom = hooks.generate_function(sample)
+    try:
+        if custom is None:
+            result: Any = await generate(args, sample, sampling_params)
+        elif "evaluation" in inspect.signature(custom).parameters:
+            result = await custom(args, sample, sampling_params, evaluation=evaluation)
+        else:
+            result = await custom(args, sample, sampling_params)
+    except LockstepError:
+        raise
+    except Exception as error:
+        if custom is None:
+            raise
+        raise RolloutError(
+            "--custom-generate-function-path",
+            getattr(custom, "__qualname__", repr(custom)),
+            f"it raised {type(error).__name__} for sample {sample.index}: {error}.",
+            "Fix the function; to give a sample up, set its status to FAILED and return it.",
+        ) from error
+    siblings: list[Sample] = result if isinstance(result, list) else [result]
+    if not all(isinstance(s, Sample) for s in siblings):
+        raise RolloutError(
+            "--custom-generate-function-path",
+            repr(result)[:80],
+            "it returned neither a Sample nor a list of them.",
+            "Return the sample it was given.",
+        )
+    for sibling in siblings:
+        sibling.rollout_id = sample.rollout_id
+    return siblings
+
+
+async def generate(args: Any, sample: Sample, sampling_params: dict[str, Any], evaluation: bool = False) -> Sample:
+    """Single turn: the prompt, then one response."""
+    policy = current_policy()
+    policy.start(sample)
+    await policy.extend(sample, sampling_params)
+    return sample
+
+
+async def _evaluate(args: Any, rollout_id: int, context: RolloutContext) -> RolloutFnEvalOutput:
+    """Sample and score every held-out set. Each evaluation uses the same random streams, so that two of them differ
+    by their weights alone."""
+    data: dict[str, dict[str, Any]] = {}
+    for number, eval_set in enumerate(context.eval_sets):
+        set_current_policy(replace(context.policy, stream=(1, number), max_context_len=eval_set.max_context_len))
+        finished = await _gather(
+            [
+                _finish_sample(args, sample, context, rollout_id, eval_set.sampling_params, evaluation=True)
+                for sample in copy.deepcopy(eval_set.samples)
+            ]
+        )
+        samples = [siblings[-1] for siblings in finished]
+        data[eval_set.name] = {
+            "rewards": [0.0 if s.reward is None else _eval_reward(args, s) for s in samples],
+            "truncated": [s.status is Sample.Status.TRUNCATED for s in samples],
+            "samples": samples,
+        }
+    return RolloutFnEvalOutput(data, eval_metrics(data, args))
+
+
+def _eval_reward(args: Any, sample: Sample) -> float:
+    key = args.eval_reward_key or args.reward_key
+    return float(sample.reward[key] if key and isinstance(sample.reward, dict) else sample.reward)  # type: ignore[arg-type]
+
+
+def _add_cache_metrics(metrics: dict[str, float], groups: list[Group]) -> None:
+    samples = [sample for group in groups for sample in group]
+    cached = sum(sample.metadata.get("cached_tokens", 0) for sample in samples)
+    prompts = sum(sample.prompt_length for sample in samples)
+    metrics["rollout/avg_cached_tokens_per_sample"] = cached / len(samples)
+    metrics["rollout/prefix_cache_hit_rate"] = cached / prompts if prompts else 0.0
+
+
+async def _gather(coroutines: list[Any]) -> list[Any]:
+    """Results in input order; the first failure cancels the others."""
+    tasks = [asyncio.ensure_future(c) for c in coroutines]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()

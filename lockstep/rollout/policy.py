@@ -1,0 +1,101 @@
+"""What a generate function samples from, and how it finds it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from lockstep.data.tokenizer import Tokenizer
+from lockstep.errors import RolloutError
+from lockstep.rollout.engine import Generation, RolloutEngine, SamplingParams
+from lockstep.types import Sample
+
+_CURRENT: ContextVar[Policy] = ContextVar("policy")
+
+
+def current_policy() -> Policy:
+    """The policy of the rollout that calls this; custom generate functions start here.
+
+        async def generate(args, sample, sampling_params):
+            policy = current_policy()
+            await policy.start(sample)
+            await policy.extend(sample, sampling_params)
+            return sample
+    """
+    return _CURRENT.get()
+
+
+def set_current_policy(policy: Policy) -> None:
+    """Make `policy` what `current_policy` returns in this task and in those it starts."""
+    _CURRENT.set(policy)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """An engine with its tokenizer and limits, under the name space of one rollout's random streams."""
+
+    engine: RolloutEngine
+    tokenizer: Tokenizer
+    stop_token_ids: tuple[int, ...]
+    """The model's own ends of sequence; they join every call's stop ids."""
+    max_context_len: int
+    """Tokens of prompt and response together."""
+    skip_special_tokens: bool = False
+    stream: tuple[int, ...] = ()
+    """First parts of every random stream's key."""
+
+    def for_stream(self, *stream: int) -> Policy:
+        return replace(self, stream=stream)
+
+    def start(self, sample: Sample) -> None:
+        """Tokenize the prompt of a sample that has no tokens yet."""
+        if sample.tokens:
+            return
+        if not isinstance(sample.prompt, str):
+            raise RolloutError(
+                f"prompt of sample {sample.index}",
+                f"{len(sample.prompt)} messages",
+                "the built-in generate function needs a rendered prompt.",
+                "Set --apply-chat-template, or give --custom-generate-function-path.",
+            )
+        sample.tokens = self.tokenizer.encode(sample.prompt, add_special_tokens=False)
+
+    async def extend(self, sample: Sample, sampling_params: Mapping[str, Any]) -> Generation:
+        """Let the policy write on from `sample.tokens`; everything the trainer needs is recorded in the sample."""
+        room = self.max_context_len - len(sample.tokens)
+        if room <= 0:
+            sample.status = Sample.Status.TRUNCATED
+            return Generation([], [], "length", [])
+        params = SamplingParams.from_dict(sampling_params)
+        params = replace(params, stop_token_ids=(*params.stop_token_ids, *self.stop_token_ids)).with_room(room)
+        stream = (*self.stream, sample.group_index or 0, sample.index or 0)
+        generation = await self.engine.generate(sample.tokens, params, stream)
+        written_before = sample.response_length
+        sample.append_response_tokens(
+            None,
+            tokens=generation.token_ids,
+            log_probs=generation.log_probs,
+            text=self.tokenizer.decode(generation.token_ids, skip_special_tokens=self.skip_special_tokens),
+            meta_info={"finish_reason": {"type": generation.finish_reason}},
+        )
+        sample.weight_versions += [""] * (written_before - len(sample.weight_versions)) + generation.weight_versions
+        sample.rollout_routed_experts = generation.routed_experts
+        _record_kept(sample, generation, written_before)
+        sample.metadata["cached_tokens"] = sample.metadata.get("cached_tokens", 0) + generation.cached_tokens
+        return generation
+
+
+def _record_kept(sample: Sample, generation: Generation, written_before: int) -> None:
+    """Add the nuclei of the new tokens; what the policy did not write has an empty range (the whole vocabulary)."""
+    if generation.kept_token_ids is None or generation.kept_token_offsets is None:
+        return
+    ids = sample.rollout_top_p_token_ids or []
+    offsets = sample.rollout_top_p_token_offsets or [0]
+    offsets = offsets + [offsets[-1]] * (written_before + 1 - len(offsets))
+    sample.rollout_top_p_token_ids = ids + generation.kept_token_ids
+    shifted = np.asarray(generation.kept_token_offsets[1:], dtype=np.int64) + offsets[-1]
+    sample.rollout_top_p_token_offsets = offsets + shifted.tolist()

@@ -1,0 +1,70 @@
+"""Ending a run: the first Ctrl-C (or SIGTERM) asks for a clean stop, the second stops at once."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from types import FrameType, TracebackType
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class Interrupted(Exception):
+    """The user asked to stop while something was under way that may be abandoned."""
+
+
+class GracefulStop:
+    """Turns signals into a request that the loop honours between steps, or in the middle of a rollout.
+
+    Args:
+        notify: gets the sentence that tells the user what happens now.
+    """
+
+    def __init__(self, notify: Callable[[str], None]) -> None:
+        self.requested = False
+        self._notify = notify
+        self._task: asyncio.Task[Any] | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> GracefulStop:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    async def abandonable(self, work: Awaitable[T]) -> T:
+        """Await work that a stop request may cancel.
+
+        Raises:
+            Interrupted: it was cancelled by a stop request.
+        """
+        if self.requested:
+            raise Interrupted
+        self._task = asyncio.ensure_future(work)
+        try:
+            return await self._task
+        except asyncio.CancelledError:
+            if self.requested:
+                raise Interrupted from None
+            raise
+        finally:
+            self._task = None
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            sys.stderr.write("\nlockstep: stopped at once.\n")
+            sys.stderr.flush()
+            os._exit(128 + number)
+        self.requested = True
+        self._notify("stopping: saving a checkpoint after what cannot be interrupted (Ctrl-C again stops at once)")
+        if self._task is not None:
+            self._task.get_loop().call_soon_threadsafe(self._task.cancel)

@@ -1,0 +1,217 @@
+"""The training engine of one process and one device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lockstep.algorithms import Loss, LossInputs
+from lockstep.checkpoint.tensors import load_tensors, save_tensors
+from lockstep.config import BatchingOptions, OptimizerOptions
+from lockstep.kernels.attention import PackedAttention
+from lockstep.kernels.linear_log_probs import linear_log_probs
+from lockstep.models import Qwen3
+from lockstep.models.layers.moe import ChooseExperts, RecordRoutes, top_k_experts
+from lockstep.models.qwen3 import run_layer
+from lockstep.trainer.batch import MicroBatch, TrainSample, pack_by_count, pack_by_tokens
+from lockstep.trainer.engine import LogProbs, StepResult
+from lockstep.trainer.optimizer import Optimizer, learning_rate
+from lockstep.trainer.routes import CompareRoutes, ReplayRoutes
+
+
+class LocalTrainer:
+    """Forward, backward and update on one device.
+
+    Args:
+        reference: frozen model for the KL loss, or None.
+        temperature: the sampler's; logits are divided by it here too.
+        needs_entropy: report (and let the loss use) the entropy of every prediction.
+        routing: whose experts serve training: the router's own (compared with the sampler's, where recorded), the
+            sampler's ("rollout", R3), or those of the pass that computed the old log-probs ("old", R2).
+        num_steps: optimizer steps of the whole run, for the learning-rate schedule.
+        on_micro_batch: called after each micro-batch with its number of samples, for progress.
+    """
+
+    def __init__(
+        self,
+        model: Qwen3,
+        *,
+        reference: Qwen3 | None,
+        loss: Loss,
+        optimizer: OptimizerOptions,
+        batching: BatchingOptions,
+        temperature: float,
+        needs_entropy: bool,
+        routing: Literal["own", "rollout", "old"],
+        num_steps: int,
+        on_micro_batch: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        self.model = model
+        self.reference = reference
+        self.loss = loss
+        self.optimizer = Optimizer(model, optimizer)
+        self.optimizer_options = optimizer
+        self.batching = batching
+        self.temperature = temperature
+        self.needs_entropy = needs_entropy
+        self.routing = routing
+        self.num_steps = num_steps
+        self.on_micro_batch = on_micro_batch
+        self.version = 0
+        self.num_steps_done = 0
+        self._reference_moved = False
+        if batching.recompute_granularity == "full":
+            self._run_layer: Callable[..., Tensor] = partial(checkpoint, use_reentrant=False)
+        else:
+            self._run_layer = run_layer
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.lm_head.weight.device
+
+    @torch.no_grad()
+    def log_probs(self, samples: Sequence[TrainSample], *, reference: bool = False) -> list[LogProbs]:
+        model = self.model
+        if reference:
+            assert self.reference is not None, "no reference model was loaded"
+            model = self.reference
+        results: list[LogProbs | None] = [None] * len(samples)
+        for members in self._micro_batches(samples, self.batching.log_probs_max_tokens_per_gpu):
+            batch = MicroBatch.build([samples[i] for i in members], self.device)
+            choose: ChooseExperts = top_k_experts if reference else self._choose_experts(batch)
+            records = RecordRoutes() if self.routing == "old" and not reference else None
+            policy_R, _ = self._forward(model, batch, records or choose, with_entropy=False)
+            for index, result in zip(members, _per_sample(batch, policy_R, choose), strict=True):
+                results[index] = result
+            if records is not None and records.layers:
+                for index, routes in zip(members, records.stacked().cpu().split(batch.lengths), strict=True):
+                    samples[index].routed_experts = routes.numpy()
+            self.on_micro_batch(len(members))
+        return [result for result in results if result is not None]
+
+    def step(self, samples: Sequence[TrainSample]) -> StepResult:
+        results: list[LogProbs | None] = [None] * len(samples)
+        totals: dict[str, float] = {}
+        for members in self._micro_batches(samples, self.batching.max_tokens_per_gpu):
+            batch = MicroBatch.build([samples[i] for i in members], self.device)
+            choose = self._choose_experts(batch)
+            policy_R, entropy_R = self._forward(self.model, batch, choose, with_entropy=self.needs_entropy)
+            output = self.loss(
+                LossInputs(
+                    policy_log_probs=policy_R,
+                    old_log_probs=batch.old_log_probs_R,
+                    rollout_log_probs=batch.rollout_log_probs_R,
+                    ref_log_probs=batch.ref_log_probs_R,
+                    entropy=entropy_R,
+                    advantages=batch.advantages_R,
+                    loss_mask=batch.loss_mask_R,
+                    loss_weights=batch.loss_weights_R,
+                    sample_ids=batch.sample_ids_R,
+                )
+            )
+            output.loss.backward()
+            for name, value in output.metrics.items():
+                totals[name] = totals.get(name, 0.0) + float(value)
+            for index, result in zip(members, _per_sample(batch, policy_R.detach(), choose), strict=True):
+                results[index] = result
+            self.on_micro_batch(len(members))
+        lr = learning_rate(self.optimizer_options, self.num_steps_done, num_steps=self.num_steps)
+        updates_before = self.optimizer.num_updates
+        grad_norm = self.optimizer.step(lr)
+        self.num_steps_done += 1
+        self.version += 1
+        metrics = {f"train/{name}": value for name, value in totals.items()} | {
+            "train/grad_norm": grad_norm,
+            "train/lr-pg_0": lr,
+            "train/skipped_steps": float(self.optimizer.num_updates == updates_before),
+            "train/global_batch_size": float(len(samples)),
+        }
+        return StepResult(metrics, [result for result in results if result is not None])
+
+    @contextmanager
+    def rollout_weights(self) -> Iterator[Qwen3]:
+        yield self.model
+
+    def update_reference(self) -> None:
+        assert self.reference is not None, "no reference model was loaded"
+        self.reference.load_state_dict(self.model.state_dict())
+        self._reference_moved = True
+
+    def save(self, folder: Path, *, with_optimizer: bool = True) -> None:
+        save_tensors(folder, dict(self._state(with_optimizer)))
+
+    def load(self, folder: Path, *, with_optimizer: bool = True) -> None:
+        load_tensors(folder, dict(self._state(with_optimizer)))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "version": self.version,
+            "num_steps_done": self.num_steps_done,
+            "num_updates": self.optimizer.num_updates,
+            "reference_moved": self._reference_moved,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.version = state["version"]
+        self.num_steps_done = state["num_steps_done"]
+        self.optimizer.num_updates = state["num_updates"]
+        self._reference_moved = state["reference_moved"]
+
+    def _state(self, with_optimizer: bool) -> Iterator[tuple[str, Tensor]]:
+        yield from ((f"model.{name}", p.detach()) for name, p in self.model.named_parameters())
+        if with_optimizer:
+            yield from ((f"optimizer.{name}", tensor) for name, tensor in self.optimizer.named_state())
+            if self.reference is not None and self._reference_moved:
+                yield from ((f"reference.{name}", p.detach()) for name, p in self.reference.named_parameters())
+
+    def _micro_batches(self, samples: Sequence[TrainSample], max_tokens: int | None) -> list[list[int]]:
+        if self.batching.use_dynamic_batch_size and max_tokens:
+            return pack_by_tokens([len(s.tokens) for s in samples], max_tokens)
+        return pack_by_count(len(samples), self.batching.micro_batch_size)
+
+    def _choose_experts(self, batch: MicroBatch) -> ChooseExperts:
+        if batch.routed_experts_TLS is None:
+            return top_k_experts
+        return (CompareRoutes if self.routing == "own" else ReplayRoutes)(batch.routed_experts_TLS)
+
+    def _forward(
+        self, model: Qwen3, batch: MicroBatch, choose: ChooseExperts, *, with_entropy: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        attend = PackedAttention(batch.lengths, self.device)
+        hidden_TD = model(batch.input_ids_T, batch.positions_T, attend, choose, self._run_layer)
+        return linear_log_probs(
+            hidden_TD[batch.rows_R],
+            model.lm_head.weight,
+            batch.targets_R,
+            temperature=self.temperature,
+            kept=batch.kept,
+            chunk_rows=self.batching.log_probs_chunk_size if self.batching.log_probs_chunk_size > 0 else None,
+            with_entropy=with_entropy,
+        )
+
+
+def freeze(model: nn.Module) -> None:
+    """Take a model out of training."""
+    model.requires_grad_(False)
+
+
+def _per_sample(batch: MicroBatch, log_probs_R: Tensor, choose: ChooseExperts) -> list[LogProbs]:
+    differs: list[Tensor | None] = [None] * len(batch.lengths)
+    if isinstance(choose, CompareRoutes | ReplayRoutes):
+        differs = [
+            flips.cumsum(0)[len(flips) - 1 - response : len(flips) - 1] > 0
+            for flips, response in zip(
+                choose.differs_T.cpu().split(batch.lengths), batch.response_lengths, strict=True
+            )
+        ]
+    return [
+        LogProbs(log_probs, differ)
+        for log_probs, differ in zip(log_probs_R.cpu().split(batch.response_lengths), differs, strict=True)
+    ]

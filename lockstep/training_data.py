@@ -1,0 +1,115 @@
+"""From scored groups to what the trainer gets: advantages, loss weights, and the split into optimizer steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+
+from lockstep.algorithms import AdvantageEstimator, sample_loss_weights
+from lockstep.errors import RolloutError
+from lockstep.trainer.batch import TrainSample
+from lockstep.types import Group, Sample
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The samples of one rollout, flat and in order, split into the global batches of its optimizer steps."""
+
+    samples: list[Sample]
+    train_samples: list[TrainSample]
+    steps: list[list[TrainSample]]
+    """The same objects as `train_samples`."""
+
+
+def make_training_data(
+    groups: Sequence[Group],
+    args: Any,
+    advantage_estimator: AdvantageEstimator | None,
+    reward_post_process: Callable[[Any, list[Sample]], tuple[list[float], list[float]]] | None = None,
+    *,
+    num_steps: int,
+) -> TrainingData:
+    """Everything that is decided once over the whole rollout.
+
+    Args:
+        advantage_estimator: None for SFT, whose loss has no advantages.
+        reward_post_process: the user's `(args, samples) -> (raw, normalised)` in place of the estimator.
+        num_steps: optimizer steps; rollouts (samples that share a rollout_id) are never split between two.
+    """
+    samples = [sample for group in groups for sample in group]
+    for sample in samples:
+        _check(sample)
+    if reward_post_process is not None:
+        advantages = list(reward_post_process(args, samples)[1])
+    elif advantage_estimator is not None:
+        rewards = torch.tensor([float(sample.get_reward_value(args)) for sample in samples], dtype=torch.float32)
+        group_ids = torch.tensor([i for i, group in enumerate(groups) for _ in group])
+        advantages = advantage_estimator(rewards, group_ids).tolist()
+    else:
+        advantages = [0.0] * len(samples)
+    train_samples = [_train_sample(s, advantage) for s, advantage in zip(samples, advantages, strict=True)]
+    steps = []
+    for members in _split_by_rollout(samples, num_steps):
+        weights = sample_loss_weights(
+            [sum(train_samples[i].loss_mask) for i in members],
+            [samples[i].rollout_id for i in members],
+            removed=[samples[i].remove_sample for i in members],
+            calculate_per_token_loss=args.calculate_per_token_loss,
+        )
+        for i, weight in zip(members, weights, strict=True):
+            train_samples[i].loss_weight = weight
+        steps.append([train_samples[i] for i in members])
+    return TrainingData(samples, train_samples, steps)
+
+
+def _split_by_rollout(samples: list[Sample], num_steps: int) -> list[list[int]]:
+    """Indices of each step's samples: consecutive rollouts, as evenly as they divide."""
+    rollouts = [list(members) for _, members in groupby(range(len(samples)), key=lambda i: samples[i].rollout_id)]
+    borders = [len(rollouts) * step // num_steps for step in range(num_steps + 1)]
+    return [
+        [i for members in rollouts[begin:end] for i in members]
+        for begin, end in zip(borders, borders[1:], strict=False)
+        if begin < end
+    ]
+
+
+def _train_sample(sample: Sample, advantage: float) -> TrainSample:
+    mask = sample.loss_mask if sample.loss_mask is not None else [1] * sample.response_length
+    offsets = sample.rollout_top_p_token_offsets
+    if offsets is not None:
+        offsets = offsets + [offsets[-1]] * (sample.response_length + 1 - len(offsets))
+    return TrainSample(
+        tokens=sample.tokens,
+        response_length=sample.response_length,
+        loss_mask=mask,
+        advantage=advantage,
+        rollout_log_probs=sample.rollout_log_probs,
+        kept_token_ids=sample.rollout_top_p_token_ids,
+        kept_token_offsets=offsets,
+        routed_experts=sample.rollout_routed_experts,
+    )
+
+
+def _check(sample: Sample) -> None:
+    """Refuse what a custom generate function may have left inconsistent."""
+    length = sample.response_length
+    mask = sample.loss_mask if sample.loss_mask is not None else [1] * length
+    log_probs = sample.rollout_log_probs if sample.rollout_log_probs is not None else [0.0] * length
+    problem = None
+    if not 0 < length < len(sample.tokens):
+        problem = f"it has {len(sample.tokens)} tokens, {length} of them response; both parts need at least one."
+    elif len(mask) != length:
+        problem = f"loss_mask has {len(mask)} entries for {length} response tokens."
+    elif len(log_probs) != length:
+        problem = f"rollout_log_probs has {len(log_probs)} entries for {length} response tokens."
+    if problem:
+        raise RolloutError(
+            f"sample {sample.index}",
+            sample.status.value,
+            problem,
+            "Use Sample.append_response_tokens in custom generate functions: it keeps the lists in step.",
+        )
