@@ -134,7 +134,9 @@ def assemble(config: Config, stack: AsyncExitStack, on_sample: Callable[[int], N
         eval_function=load_function(eval_path, "--eval-function-path") if eval_sets else None,
         context=context,
         advantage_estimator=None if is_sft else _advantage_estimator(config),
-        reward_post_process=_optional(config.reward.custom_reward_post_process_path, "--custom-reward-post-process-path"),
+        reward_post_process=_optional(
+            config.reward.custom_reward_post_process_path, "--custom-reward-post-process-path"
+        ),
         data_postprocess=_optional(config.rollout.rollout_data_postprocess_path, "--rollout-data-postprocess-path"),
         trackers=trackers,
         run_dir=run_dir,

@@ -6,12 +6,13 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lockstep import __version__
-from lockstep.config.checks import check_evaluation, check_training
-from lockstep.config.config import Config
-from lockstep.config.parsing import OptionParser, option_parser, parse_options
 from lockstep.errors import LockstepError, OptionError
+
+if TYPE_CHECKING:
+    from lockstep.config import Config
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
@@ -33,9 +34,9 @@ def main(words: Sequence[str] | None = None) -> int:
 def _dispatch(words: list[str]) -> int:
     if words and words[0] in COMMANDS:
         return COMMANDS[words[0]][0](words[1:])
-    parser = _overview()
-    if words and not words[0].startswith("-"):
+    if words and words[0] not in ("-h", "--help", "--version"):
         raise OptionError("command", words[0], "there is no such command.", f"The commands are {', '.join(COMMANDS)}.")
+    parser = _overview()
     parser.parse_args(words)
     parser.print_help()
     return 0
@@ -43,7 +44,7 @@ def _dispatch(words: list[str]) -> int:
 
 def _overview() -> argparse.ArgumentParser:
     listing = "\n".join(f"  {name:8} {text}" for name, (_, text) in COMMANDS.items())
-    parser = OptionParser(
+    parser = argparse.ArgumentParser(
         prog="lockstep",
         usage="lockstep COMMAND ...",
         description=f"Train language models with reinforcement learning.\n\ncommands:\n{listing}",
@@ -55,33 +56,45 @@ def _overview() -> argparse.ArgumentParser:
 
 
 def _train(words: Sequence[str]) -> int:
-    return _run_config("train", words, check_training)
+    from lockstep.config.checks import check_training
+
+    if (config := _read_config("train", words, check_training)) is None:
+        return 0
+    from lockstep.loop import train
+
+    return train(config)
 
 
 def _eval(words: Sequence[str]) -> int:
-    return _run_config("eval", words, check_evaluation)
+    from lockstep.config.checks import check_evaluation
+
+    if (config := _read_config("eval", words, check_evaluation)) is None:
+        return 0
+    from lockstep.loop import evaluate
+
+    return evaluate(config)
 
 
-def _run_config(command: str, words: Sequence[str], check: Callable[[Config], None]) -> int:
+def _read_config(command: str, words: Sequence[str], check: Callable[[Config], None]) -> Config | None:
+    """The checked options of a run, or None when printing them (or the help) was all that was asked for."""
+    from lockstep.config.parsing import option_parser, parse_options
+
     if "--help" in words or "-h" in words:
         option_parser(command).print_help()
-        return 0
+        return None
     parsed = parse_options(command, words)
-    config = parsed.config
-    check(config)
+    check(parsed.config)
     if parsed.dry_run:
-        for note in parsed.notes:
-            print(f"# {note}")
-        print(config.to_toml(), end="")
-        return 0
+        print(*(f"# {note}\n" for note in parsed.notes), parsed.config.to_toml(), sep="", end="")
+        return None
     for note in parsed.notes:
         print(f"lockstep: note: {note}", file=sys.stderr)
-    from lockstep.loop import evaluate, train
-
-    return train(config) if command == "train" else evaluate(config)
+    return parsed.config
 
 
 def _report(words: Sequence[str]) -> int:
+    from lockstep.config.parsing import OptionParser
+
     parser = OptionParser(prog="lockstep report", description="Write the HTML page of a run.")
     parser.add_argument("run_dir", type=Path, help="folder of the run")
     parser.add_argument(
@@ -95,6 +108,8 @@ def _report(words: Sequence[str]) -> int:
 
 
 def _bench(words: Sequence[str]) -> int:
+    from lockstep.config.parsing import OptionParser
+
     parser = OptionParser(prog="lockstep bench", description="Measure speed on this machine.")
     parser.add_argument("what", choices=["loop"], help="loop: sampling and training tokens/s of a tiny model")
     parser.add_argument("--output", type=Path, default=None, help="file for the result as JSON")

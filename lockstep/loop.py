@@ -92,7 +92,9 @@ def train_on(run: Run, observer: Observer, rollout_id: int, groups: list[Group])
     if run.data_postprocess is not None:
         run.data_postprocess(run.args, rollout_id, data)
     if run.config.debug.save_debug_train_data is not None:
-        torch.save([vars(s) for s in data.train_samples], run.config.debug.save_debug_train_data.format(rollout_id=rollout_id))
+        torch.save(
+            [vars(s) for s in data.train_samples], run.config.debug.save_debug_train_data.format(rollout_id=rollout_id)
+        )
     version = run.trainer.version
     before = prepare_log_probs(run, observer, data)
     with observer.clock.phase("train", len(data.samples), "perf/actor_train_time"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -28,7 +28,7 @@ class Clock:
 
     def __init__(self, progress: RunProgress) -> None:
         self.progress = progress
-        self._seconds: Counter[str] = Counter()
+        self._seconds: defaultdict[str, float] = defaultdict(float)
         self._phase: Phase | None = None
         self._started = time.perf_counter()
 
@@ -52,7 +52,7 @@ class Clock:
     def take(self) -> dict[str, float]:
         """Times since the last call, with slime's sums: training, waiting for it, and the whole step."""
         now = time.perf_counter()
-        seconds, self._seconds = dict(self._seconds), Counter()
+        seconds, self._seconds = dict(self._seconds), defaultdict(float)
         step_time, self._started = now - self._started, now
         training = ("perf/log_probs_time", "perf/ref_log_probs_time", "perf/actor_train_time")
         train_time = sum(seconds.get(name, 0.0) for name in training)
@@ -144,7 +144,9 @@ class Observer:
         if run.context is not None:
             run.context.rewards.take_counts(evaluation=True)
         for name, results in output.data.items():
-            self._kept += [self._record(rollout_id, s, eval_set=name) for s in results.get("samples", [])[:KEPT_SAMPLES]]
+            self._kept += [
+                self._record(rollout_id, s, eval_set=name) for s in results.get("samples", [])[:KEPT_SAMPLES]
+            ]
         return metrics | {"eval/step": float(rollout_id)}
 
     def log(self, step: int, metrics: dict[str, float]) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from types import FrameType, TracebackType
 from typing import Any, TypeVar
 
@@ -41,17 +41,19 @@ class GracefulStop:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    async def abandonable(self, work: Awaitable[T]) -> T:
+    async def abandonable(self, work: Coroutine[Any, Any, T]) -> T:
         """Await work that a stop request may cancel.
 
         Raises:
             Interrupted: it was cancelled by a stop request.
         """
         if self.requested:
+            work.close()
             raise Interrupted
-        self._task = asyncio.ensure_future(work)
+        task: asyncio.Task[T] = asyncio.create_task(work)
+        self._task = task
         try:
-            return await self._task
+            return await task
         except asyncio.CancelledError:
             if self.requested:
                 raise Interrupted from None

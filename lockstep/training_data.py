@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
@@ -70,11 +70,7 @@ def _split_by_rollout(samples: list[Sample], num_steps: int) -> list[list[int]]:
     """Indices of each step's samples: consecutive rollouts, as evenly as they divide."""
     rollouts = [list(members) for _, members in groupby(range(len(samples)), key=lambda i: samples[i].rollout_id)]
     borders = [len(rollouts) * step // num_steps for step in range(num_steps + 1)]
-    return [
-        [i for members in rollouts[begin:end] for i in members]
-        for begin, end in zip(borders, borders[1:], strict=False)
-        if begin < end
-    ]
+    return [[i for members in rollouts[begin:end] for i in members] for begin, end in pairwise(borders) if begin < end]
 
 
 def _train_sample(sample: Sample, advantage: float) -> TrainSample:

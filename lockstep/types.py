@@ -41,7 +41,7 @@ class Sample:
     weight_versions: list[str] = field(default_factory=list)
     """Policy version of each generated token."""
     rollout_log_probs: list[float] | None = None
-    """Sampler's log-probs after temperature and nucleus, one per response token (0.0 where the policy did not write)."""
+    """Sampler's log-probs after temperature and nucleus, one per response token, 0.0 where the policy did not write."""
     rollout_top_p_token_ids: list[int] | None = None
     """Kept nucleus of every response token, concatenated; None when nothing was cut."""
     rollout_top_p_token_offsets: list[int] | None = None

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from pathlib import Path
 
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from lockstep.errors import CheckpointError
 
 
 def save_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
     """Write the tensors into `folder`, which exists."""
-    dcp.save(tensors, storage_writer=dcp.FileSystemWriter(str(folder), sync_files=True), no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        save(tensors, storage_writer=FileSystemWriter(str(folder), sync_files=True), no_dist=True)
 
 
 def load_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
@@ -24,8 +29,18 @@ def load_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
         CheckpointError: a name or shape is not there, or a file is damaged.
     """
     try:
-        dcp.load(tensors, storage_reader=dcp.FileSystemReader(str(folder)), no_dist=True)
-    except (CheckpointException, RuntimeError, ValueError, KeyError, OSError, EOFError, pickle.UnpicklingError) as error:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+            load(tensors, storage_reader=FileSystemReader(str(folder)), no_dist=True)
+    except (
+        CheckpointException,
+        RuntimeError,
+        ValueError,
+        KeyError,
+        OSError,
+        EOFError,
+        pickle.UnpicklingError,
+    ) as error:
         raise CheckpointError(
             str(folder),
             "unreadable",

@@ -1,9 +1,9 @@
 """Training checkpoints: one atomic directory per save, holding everything that a run needs to go on.
 
-    SAVE/rollout_0000009/      after rollout 9 (counted from 0)
-        *.distcp, .metadata    weights, optimizer, a moved reference model
-        state.json             counters, data cursor, buffer, random states
-        config.toml            the resolved options
+SAVE/rollout_0000009/      after rollout 9 (counted from 0)
+    *.distcp, .metadata    weights, optimizer, a moved reference model
+    state.json             counters, data cursor, buffer, random states
+    config.toml            the resolved options
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import UnionType
 from typing import Any, NoReturn, Union, get_args, get_origin
@@ -38,10 +39,15 @@ class OptionParser(argparse.ArgumentParser):
     """An argparse parser whose complaints are errors with four parts."""
 
     def error(self, message: str) -> NoReturn:
-        flag, _, reason = message.removeprefix("argument ").partition(": ")
-        if not reason:
-            raise OptionError("command line", message, "it cannot be read.", "See `lockstep train --help`.")
-        raise OptionError(flag.split("/")[0], None, f"{reason}.", "Give the value after the flag.")
+        subject, _, rest = message.partition(": ")
+        remedy = f"See `{self.prog} --help`."
+        if subject.startswith("argument "):
+            flag, _, reason = message.removeprefix("argument ").partition(": ")
+            remedy = "Give the value after the flag." if reason.startswith("expected") else remedy
+            raise OptionError(flag, None, f"{reason}.", remedy)
+        if subject == "unrecognized arguments":
+            raise OptionError("command line", rest, "no option takes these words.", remedy)
+        raise OptionError(rest or "command line", None, f"{subject}.", remedy)
 
 
 def parse_options(command: str, words: Sequence[str]) -> ParsedOptions:
@@ -84,6 +90,7 @@ def recipe_name(path: Path) -> str:
     return path.resolve().parent.name if path.stem == "recipe" else path.stem
 
 
+@cache
 def option_parser(command: str) -> OptionParser:
     """The parser of one command, with one section of help per group of options."""
     parser = OptionParser(
@@ -159,6 +166,7 @@ def _help(field: FieldInfo) -> str:
     return f"{text} ({shown})"
 
 
+@cache
 def switches() -> frozenset[str]:
     """Flags that take no word: `--colocate`, `--no-colocate`."""
     own = [flag_of(name) for model in GROUPS.values() for name, f in model.model_fields.items() if f.annotation is bool]

@@ -112,7 +112,7 @@ class SftTokenizer:
 
     def _stop(self, text: str, start: int, message: Message, where: str) -> int:
         """Where the turn that begins at `start` ends, end-of-turn included."""
-        if self.end_of_turn in str(message.get("content")):
+        if any(self.end_of_turn in str(value) for value in message.values()):
             raise DataError(
                 where, excerpt(message), f"its text contains the end-of-turn {self.end_of_turn!r}.", "Take it out."
             )
@@ -139,18 +139,15 @@ def learn_end_of_turn(tokenizer: Tokenizer) -> str:
     """What the chat template writes behind an assistant's text, such as `<|im_end|>`.
 
     Raises:
-        DataError: there is no chat template, or it writes nothing there.
+        DataError: there is no chat template, it fails, or it writes nothing there.
     """
     require_chat_template(tokenizer)
-    answer = "answer"
-    text = render(
-        tokenizer,
-        [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}],
-        None,
-        {},
-        generation_prompt=False,
-    )
-    end = text.rpartition(answer)[2].strip()
+    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+    try:
+        text = render(tokenizer, turns, None, {}, generation_prompt=False)
+    except UnusableValueError as error:
+        raise DataError("chat template", excerpt(turns), str(error), "Mend the chat template.") from error
+    end = text.rpartition("answer")[2].strip()
     if not end:
         raise DataError(
             "chat template", excerpt(text), "it writes nothing to end an assistant's turn.", "Mend the chat template."

@@ -51,6 +51,7 @@ class PromptReader:
     def __init__(self, prompt_data: str | Path, tokenizer: Tokenizer, prompt_format: PromptFormat) -> None:
         if prompt_format.apply_chat_template:
             require_chat_template(tokenizer)
+        self.prompt_data = str(prompt_data)
         self.rows = open_rows(prompt_data)
         self.tokenizer = tokenizer
         self.format = prompt_format
@@ -82,8 +83,7 @@ class PromptReader:
 
     def _prompt(self, row: Row, tools: list[Any] | None) -> str | list[Message]:
         prompt = _required(row, self.format.input_key, "--input-key")
-        if not isinstance(prompt, str):
-            _check_messages(prompt, self.format.input_key)
+        _check_prompt(prompt, self.format.input_key)
         if not self.format.apply_chat_template:
             return prompt  # type: ignore[no-any-return]
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -123,17 +123,19 @@ def require_chat_template(tokenizer: Tokenizer) -> None:
     """
     if not tokenizer.chat_template:
         raise DataError(
-            "--apply-chat-template",
-            True,
-            "the tokenizer of --hf-checkpoint has no chat template.",
-            "Take the tokenizer of a chat model, add chat_template.jinja to the folder, or leave the option out.",
+            "chat template",
+            tokenizer.chat_template,
+            "the tokenizer of --hf-checkpoint has none, and messages cannot become text without it.",
+            "Take a chat model's tokenizer, add chat_template.jinja to the folder, or drop --apply-chat-template.",
         )
 
 
-def _check_messages(messages: Any, key: str) -> None:
-    if not isinstance(messages, list) or not messages:
-        raise UnusableValueError(f"{key!r} must be a string or a list of messages, it is {_kind(messages)}.")
-    for position, message in enumerate(messages):
+def _check_prompt(prompt: Any, key: str) -> None:
+    if not isinstance(prompt, str | list):
+        raise UnusableValueError(f"{key!r} must be a string or a list of messages, it is {_kind(prompt)}.")
+    if not prompt:
+        raise UnusableValueError(f"{key!r} is empty.")
+    for position, message in enumerate(prompt if isinstance(prompt, list) else []):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise UnusableValueError(f"{key}[{position}] must be an object with a role, it is {excerpt(message)}.")
         if message.get("content") is None and not message.get("tool_calls"):

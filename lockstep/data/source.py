@@ -122,6 +122,7 @@ class PromptStream:
             logger.warning(message, *values)
 
     def nothing_usable(self, skipped: Counter[str]) -> DataError:
+        """The error for a whole epoch of rows that were left out, with their counts by reason."""
         malformed, over_long = skipped["malformed_rows"], skipped["over_long_prompts"]
         why = []
         if over_long:
@@ -129,7 +130,7 @@ class PromptStream:
         if malformed:
             why.append("rows are malformed")
         return DataError(
-            "data set",
+            self.reader.prompt_data,
             f"{len(self.reader)} rows",
             f"none of them is usable: {' and '.join(why)}.",
             "Run without --skip-malformed-rows to see the reason." if malformed else "Raise the limit.",

@@ -5,6 +5,8 @@ T packed query tokens, N query heads, K key/value heads, H head dim, B sequences
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -82,8 +84,8 @@ def _varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_l
 
     arguments = (q, k, v, cu_seqlens, cu_seqlens, max_length, max_length)
     if "enable_gqa" in varlen_attn.__annotations__:
-        return varlen_attn(*arguments, window_size=(-1, 0), enable_gqa=True)  # type: ignore[no-any-return]
-    return varlen_attn(*arguments, window_size=(-1, 0))  # type: ignore[no-any-return]
+        return cast(Tensor, varlen_attn(*arguments, window_size=(-1, 0), enable_gqa=True))
+    return cast(Tensor, varlen_attn(*arguments, window_size=(-1, 0)))
 
 
 def paged_attention(

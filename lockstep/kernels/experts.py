@@ -39,4 +39,5 @@ def grouped_experts(
     gate, up = F.grouped_mm(rows_RD, gate_up_EJD.transpose(1, 2), offs=ends_E).chunk(2, dim=-1)
     out_RD = F.grouped_mm(F.silu(gate) * up, down_EDI.transpose(1, 2), offs=ends_E)
     unsorted_TSD = torch.empty_like(out_RD).index_copy(0, order_R, out_RD).unflatten(0, (-1, slots))
-    return (unsorted_TSD * weights_TS[..., None]).sum(dim=1)
+    mixed_TD: Tensor = (unsorted_TSD * weights_TS[..., None]).sum(dim=1)
+    return mixed_TD

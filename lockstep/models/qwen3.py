@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lockstep.errors import ModelError
@@ -106,7 +105,7 @@ class Qwen3Config:
                 "this model definition does not know the field, so it might compute something else.",
                 "Remove it if it is only a note.",
             )
-        required = [name for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim")]
+        required = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim"]
         if model_type == "qwen3_moe":
             required += ["num_experts", "num_experts_per_tok", "moe_intermediate_size"]
         hf.setdefault("intermediate_size", 0 if model_type == "qwen3_moe" else None)
@@ -185,8 +184,10 @@ class Block(nn.Module):
         x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), self.layer_index, rotary, attend)
         normed_TD = self.post_attention_layernorm(x_TD)
         if isinstance(self.mlp, MoE):
-            return x_TD + self.mlp(normed_TD, self.moe_index, choose_experts)
-        return x_TD + self.mlp(normed_TD)
+            mixed_TD: Tensor = self.mlp(normed_TD, self.moe_index, choose_experts)
+        else:
+            mixed_TD = self.mlp(normed_TD)
+        return x_TD + mixed_TD
 
 
 class Decoder(nn.Module):

@@ -129,7 +129,7 @@ HEALTH = (
         "Groups whose samples all got the same reward: too easy or too hard, and nothing to learn from.",
         "groups",
         (("rollout/zero_std/count_{reward}", ""),),
-        "No group was flat, or the run has no groups.",
+        "No group was flat so far, or the run has no groups.",
         kind="stacked",
     ),
     ChartSpec(

@@ -1,4 +1,4 @@
-"""Rollouts on disk, to train or to look at without sampling: `--save-debug-rollout-data`, `--load-debug-rollout-data`."""
+"""Rollouts on disk, to train on or to look at: `--save-debug-rollout-data`, `--load-debug-rollout-data`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lockstep.types import Group, Sample
 
 
 def save_rollout(template: str, rollout_id: int | str, groups: list[Group]) -> None:
-    """Write `{"rollout_id", "samples": [dict]}` with torch.save, as slime does; `{rollout_id}` in the path is filled."""
+    """Write `{"rollout_id", "samples": [dict]}` with torch.save, as slime does, to the path with its `{rollout_id}` filled in."""
     path = Path(template.format(rollout_id=rollout_id))
     path.parent.mkdir(parents=True, exist_ok=True)
     samples = [_plain(sample) for group in groups for sample in group]

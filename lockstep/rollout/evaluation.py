@@ -70,9 +70,7 @@ def _described(config: Config) -> list[dict[str, Any]]:
     return merged
 
 
-def _load(
-    config: Config, tokenizer: Tokenizer, max_context_len: int, *, name: str, path: str, **own: Any
-) -> EvalSet:
+def _load(config: Config, tokenizer: Tokenizer, max_context_len: int, *, name: str, path: str, **own: Any) -> EvalSet:
     rollout, data, options = config.rollout, config.data, config.eval
 
     def first(key: str, *fallbacks: Any) -> Any:

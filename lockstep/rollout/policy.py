@@ -20,11 +20,11 @@ _CURRENT: ContextVar[Policy] = ContextVar("policy")
 def current_policy() -> Policy:
     """The policy of the rollout that calls this; custom generate functions start here.
 
-        async def generate(args, sample, sampling_params):
-            policy = current_policy()
-            await policy.start(sample)
-            await policy.extend(sample, sampling_params)
-            return sample
+    async def generate(args, sample, sampling_params):
+        policy = current_policy()
+        await policy.start(sample)
+        await policy.extend(sample, sampling_params)
+        return sample
     """
     return _CURRENT.get()
 

@@ -207,9 +207,7 @@ def _per_sample(batch: MicroBatch, log_probs_R: Tensor, choose: ChooseExperts) -
     if isinstance(choose, CompareRoutes | ReplayRoutes):
         differs = [
             flips.cumsum(0)[len(flips) - 1 - response : len(flips) - 1] > 0
-            for flips, response in zip(
-                choose.differs_T.cpu().split(batch.lengths), batch.response_lengths, strict=True
-            )
+            for flips, response in zip(choose.differs_T.cpu().split(batch.lengths), batch.response_lengths, strict=True)
         ]
     return [
         LogProbs(log_probs, differ)

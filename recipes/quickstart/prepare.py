@@ -20,6 +20,7 @@ import random
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,9 +32,9 @@ from torch import Tensor
 Side = Literal["train", "heldout"]
 
 FORGET = 0.6
-"""How likely the teacher forgets one carry."""
+"""How likely the teacher forgets one carry; three in ten of its answers are then right."""
 
-NUM_SFT_ROWS, NUM_TRAIN_ROWS, NUM_HELDOUT_ROWS = 24_576, 4096, 256
+NUM_SFT_ROWS, NUM_TRAIN_ROWS, NUM_HELDOUT_ROWS = 25_600, 4096, 256
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|unk|>"]
 WORDS = ["assistant", "system", "user", "What is ", "\\boxed{"]
@@ -60,7 +61,7 @@ class Problem:
 
         13 is coprime to 10, so which side a problem is on says nothing about its digits.
         """
-        return "heldout" if self.first * self.second % 13 == 1 else "train"
+        return "heldout" if (self.first + 2 * self.second) % 13 == 1 else "train"
 
     @property
     def carries(self) -> int:
@@ -79,16 +80,16 @@ class Problem:
 
     def solution(self, rng: random.Random, forget: float) -> str:
         """Adds the columns from the right; each carry is forgotten with probability `forget`."""
-        columns, answer, carry = [], "", 0
+        columns, answer, carry = [], 0, 0
         for place in range(3):
             upper, lower = self.first // 10**place % 10, self.second // 10**place % 10
-            carry = carry if rng.random() >= forget else 0
+            if carry and rng.random() < forget:
+                carry = 0
             total = upper + lower + carry
-            columns.append(f"{upper}+{lower}={total:02}" if place == 0 else f"{upper}+{lower}+{carry}={total:02}")
-            answer = str(total % 10) + answer
+            columns.append(f"{upper}+{lower}+{carry}={total:02}" if place else f"{upper}+{lower}={total:02}")
+            answer += total % 10 * 10**place
             carry = total // 10
-        leading = str(carry) if carry else ""
-        return f"{' '.join(columns)} \\boxed{{{leading}{answer}}}"
+        return f"{' '.join(columns)} \\boxed{{{carry * 1000 + answer}}}"
 
 
 def draw_problems(side: Side, rng: random.Random) -> Iterator[Problem]:
@@ -101,22 +102,17 @@ def draw_problems(side: Side, rng: random.Random) -> Iterator[Problem]:
 
 def make_prompt_rows(side: Side, num_rows: int, seed: int) -> list[dict[str, Any]]:
     """Questions with labels, no problem twice (nor with its operands swapped)."""
-    rows, seen = [], set()
-    for problem in draw_problems(side, random.Random(f"{side} {seed}")):
-        operands = frozenset((problem.first, problem.second))
-        if operands in seen:
-            continue
-        seen.add(operands)
-        rows.append({"prompt": problem.question, "label": problem.label})
-        if len(rows) == num_rows:
-            return rows
-    raise AssertionError("draw_problems never ends")
+    problems: dict[frozenset[int], Problem] = {}
+    draws = draw_problems(side, random.Random(f"{side} {seed}"))
+    while len(problems) < num_rows:
+        problem = next(draws)
+        problems.setdefault(frozenset((problem.first, problem.second)), problem)
+    return [{"prompt": problem.question, "label": problem.label} for problem in problems.values()]
 
 
 def make_sft_rows(num_rows: int, seed: int, forget: float = FORGET) -> list[dict[str, Any]]:
     """Demonstrations of the sloppy teacher as conversations, on training problems only."""
     rng = random.Random(f"sft {seed}")
-    problems = draw_problems("train", rng)
     return [
         {
             "prompt": [
@@ -125,7 +121,7 @@ def make_sft_rows(num_rows: int, seed: int, forget: float = FORGET) -> list[dict
             ],
             "label": problem.label,
         }
-        for problem, _ in zip(problems, range(num_rows), strict=False)
+        for problem in islice(draw_problems("train", rng), num_rows)
     ]
 
 
@@ -147,13 +143,13 @@ def make_config() -> dict[str, Any]:
         "model_type": "qwen3_moe",
         "vocab_size": 128,
         "hidden_size": 96,
-        "num_hidden_layers": 3,
+        "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 32,
         "intermediate_size": 192,
-        "moe_intermediate_size": 96,
-        "num_experts": 4,
+        "moe_intermediate_size": 64,
+        "num_experts": 8,
         "num_experts_per_tok": 2,
         "norm_topk_prob": True,
         "decoder_sparse_step": 1,
@@ -170,7 +166,7 @@ def make_config() -> dict[str, Any]:
         "tie_word_embeddings": False,
         "use_sliding_window": False,
         "sliding_window": None,
-        "initializer_range": 0.02,
+        "initializer_range": 0.1,
         "use_cache": True,
         "bos_token_id": None,
         "eos_token_id": SPECIAL_TOKENS.index("<|im_end|>"),

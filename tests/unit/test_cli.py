@@ -92,6 +92,20 @@ def test_an_unknown_command_exits_2(capsys, words, named):
     assert named in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["bench"], "what is None: the following arguments are required. See `lockstep bench --help`."),
+        (["report", "a", "b"], "command line is 'b': no option takes these words. See `lockstep report --help`."),
+        (["train", "--lr"], "--lr is None: expected one argument. Give the value after the flag."),
+        (["train"], "--hf-checkpoint is None: it is required. Give --hf-checkpoint, or set it in the recipe."),
+    ],
+)
+def test_words_that_do_not_fit_a_command_exit_2(capsys, words, message):
+    assert cli.main(words) == 2
+    assert capsys.readouterr().err == f"lockstep: error: {message}\n"
+
+
 def test_dry_run_prints_a_recipe_that_loads_as_the_same_options(tmp_path, capsys):
     words = [*TRAIN, "--moe-enable-deepep", "--rollout-stop", "a", "--sglang-dp-size", "8"]
     assert cli.main([*words, "--dry-run"]) == 0

@@ -7,7 +7,8 @@ left; `step` asks the `Scheduler` for a batch, the `ModelRunner` computes it, fi
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence as Tokens
+from collections.abc import Callable
+from collections.abc import Sequence as Tokens
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -53,7 +54,9 @@ class EmbeddedEngine:
         self._decode_text = decode_text
         self._inbox: list[Sequence] = []
         self._driver: asyncio.Task[None] | None = None
-        self._thread = ThreadPoolExecutor(1, "engine", initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),))
+        self._thread = ThreadPoolExecutor(
+            1, "engine", initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),)
+        )
 
     async def generate(self, input_ids: Tokens[int], params: SamplingParams, stream: tuple[int, ...]) -> Generation:
         sequence = self.sequence(input_ids, params, stream)

@@ -31,8 +31,11 @@ class ModelRunner:
         self.kv_cache = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
         self.routed_experts: Tensor | None = None
         if config.num_sparse_layers:
-            shape = (num_slots, config.num_sparse_layers, config.num_experts_per_tok)
-            self.routed_experts = torch.zeros(shape, dtype=torch.int16, device=weight.device)
+            self.routed_experts = torch.zeros(
+                (num_slots, config.num_sparse_layers, config.num_experts_per_tok),
+                dtype=torch.int16,
+                device=weight.device,
+            )
 
     @property
     def device(self) -> torch.device:
@@ -139,7 +142,9 @@ class _PagedAttend:
             return batch.packed(layer_index, q_TNH, k_TKH, v_TKH)
         count, width = batch.is_visible_BQL.shape[:2]
         q_BQNH = q_TNH.new_zeros(count * width, *q_TNH.shape[1:]).index_copy_(0, batch.padded_rows, q_TNH)
-        out = paged_attention(q_BQNH.unflatten(0, (count, width)), k_cache, v_cache, batch.slots_BL, batch.is_visible_BQL)
+        out = paged_attention(
+            q_BQNH.unflatten(0, (count, width)), k_cache, v_cache, batch.slots_BL, batch.is_visible_BQL
+        )
         return out.flatten(0, 1)[batch.padded_rows]
 
 

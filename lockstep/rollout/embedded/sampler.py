@@ -80,7 +80,9 @@ def sample(
     log_probs_BV = logits_BV.log_softmax(-1)
     cumulative_BV = log_probs_BV.double().exp_().cumsum_(-1)
     thresholds_B1 = (uniforms_B * cumulative_BV[:, -1])[:, None]
-    tokens_B = torch.searchsorted(cumulative_BV, thresholds_B1, right=True).squeeze(1).clamp_(max=logits_BV.shape[1] - 1)
+    tokens_B = (
+        torch.searchsorted(cumulative_BV, thresholds_B1, right=True).squeeze(1).clamp_(max=logits_BV.shape[1] - 1)
+    )
     tokens_B = torch.where(is_greedy_B, logits_BV.argmax(-1), tokens_B)
     return Sampled(tokens_B, log_probs_BV.gather(1, tokens_B[:, None]).squeeze(1), is_kept_BV)
 

@@ -190,5 +190,5 @@ def test_a_misspelt_table_names_the_right_one(tmp_path):
 
 
 def test_a_second_recipe_is_refused():
-    with pytest.raises(OptionError, match="second.toml"):
+    with pytest.raises(OptionError, match=r"second\.toml"):
         parse_options("train", ["--hf-checkpoint", "m", "first.toml", "second.toml"])

@@ -3,7 +3,6 @@ from __future__ import annotations
 import pickle
 import tomllib
 import typing
-from types import UnionType
 
 import pytest
 from pydantic import ValidationError
@@ -73,11 +72,10 @@ def test_every_option_is_declared_once_and_documented():
 
 
 def test_an_optional_option_defaults_to_none_because_toml_cannot_say_none():
-    for group in GROUPS.values():
-        for name, field in group.model_fields.items():
-            if typing.get_origin(field.annotation) in (typing.Union, UnionType) and field.default_factory is None:
-                if type(None) in typing.get_args(field.annotation):
-                    assert field.default is None, name
+    fields = [field for group in GROUPS.values() for field in group.model_fields.values()]
+    optional = [f for f in fields if type(None) in typing.get_args(f.annotation) and f.default_factory is None]
+    assert len(optional) > 50
+    assert [field for field in optional if field.default is not None] == []
 
 
 def test_options_cannot_be_changed():

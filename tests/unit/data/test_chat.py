@@ -31,13 +31,19 @@ def sft(tokenizer):
 
 def test_the_end_of_turn_is_learned_from_the_template(tokenizer, plain_tokenizer):
     assert learn_end_of_turn(tokenizer) == "<|im_end|>"
-    with pytest.raises(DataError, match="has no chat template"):
+    with pytest.raises(DataError, match="chat template is None"):
         learn_end_of_turn(plain_tokenizer)
 
 
 def test_a_template_that_does_not_end_turns_is_refused(plain_tokenizer):
     plain_tokenizer.chat_template = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
     with pytest.raises(DataError, match="writes nothing to end an assistant's turn"):
+        SftTokenizer(plain_tokenizer)
+
+
+def test_a_template_that_fails_is_refused(plain_tokenizer):
+    plain_tokenizer.chat_template = "{{ raise_exception('only for images') }}"
+    with pytest.raises(DataError, match=r"the chat template cannot render it \(only for images\)"):
         SftTokenizer(plain_tokenizer)
 
 

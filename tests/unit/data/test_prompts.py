@@ -44,7 +44,8 @@ def test_tools_may_be_json_text(jsonl, plain_tokenizer):
 
 
 def test_without_the_template_prompts_pass_as_they_are(jsonl, plain_tokenizer):
-    messages = [{"role": "user", "content": "hi", "step_loss_mask": 0}]
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": {}}}]}
+    messages = [{"role": "user", "content": "hi", "step_loss_mask": 0}, call]
     reader = PromptReader(jsonl({"input": messages}, {"input": "<b> "}), plain_tokenizer, PromptFormat())
     assert [reader[0].prompt, reader[1].prompt] == [messages, "<b> "]
 
@@ -65,7 +66,8 @@ def test_labels_become_text(jsonl, tokenizer, label, expected):
         ({"input": "a"}, r"there is no key 'label' \(--label-key\), the row has \['input'\]"),
         ({"input": None, "label": "b"}, r"'input' must be a string or a list of messages, it is null"),
         ({"input": 3, "label": "b"}, r"'input' must be a string or a list of messages, it is int \(3\)"),
-        ({"input": [], "label": "b"}, r"'input' must be a string or a list of messages, it is a list"),
+        ({"input": [], "label": "b"}, r"'input' is empty"),
+        ({"input": "", "label": "b"}, r"'input' is empty"),
         ({"input": ["a"], "label": "b"}, r"input\[0\] must be an object with a role"),
         (
             {"input": [{"role": "user", "content": "a"}, {"content": "b"}], "label": "b"},
@@ -93,7 +95,9 @@ def test_an_unusable_row_says_where_and_why(jsonl, tokenizer, row, reason):
 
 
 def test_a_tokenizer_without_chat_template_is_refused_before_any_row(jsonl, plain_tokenizer):
-    with pytest.raises(DataError, match=r"--apply-chat-template is True: the tokenizer .* has no chat template"):
+    with pytest.raises(
+        DataError, match=r"chat template is None: the tokenizer of --hf-checkpoint has none.*drop --apply-chat-template"
+    ):
         PromptReader(jsonl("{broken"), plain_tokenizer, PromptFormat(apply_chat_template=True))
 
 

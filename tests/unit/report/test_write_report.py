@@ -131,7 +131,7 @@ def test_each_token_carries_its_difference_to_the_trainer(tmp_path):
 
 def test_what_is_missing_is_said_with_what_to_do(tmp_path):
     text = page_of(write_run(tmp_path)).text
-    assert "No held-out evaluation in this run. Set --eval-prompt-data and --eval-interval." in text
+    assert "Held-out evaluation is not in this run. Set --eval-prompt-data and --eval-interval." in text
     assert "This run kept no samples." in text
     assert page_of(tmp_path).data["samples"] == []
 

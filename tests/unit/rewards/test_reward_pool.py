@@ -89,12 +89,12 @@ def test_what_a_reward_changes_in_its_sample_is_merged():
 
 def test_each_hang_times_out_alone_although_it_takes_its_worker_along():
     hangs = ["busy loop", "blocking sleep", "stuck regex", "child task blocks", "refuses cancellation"]
-    responses = [response for hang in hangs for response in (hang, "wait a little")]
+    responses = [response for hang in hangs for response in ("wait a little", hang, "wait a little")]
     outcomes, counts = score_all(responses, num_workers=2)
-    assert outcome_names(outcomes) == ["timeout", "ok"] * 5
-    assert [outcome.reward for outcome in outcomes] == [None, 7.0] * 5
-    assert all("no answer within 0.4 s, so its worker was killed" in outcome.detail for outcome in outcomes[::2])
-    assert (counts["ok"], counts["timeout"]) == (5, 5)
+    assert outcome_names(outcomes) == ["ok", "timeout", "ok"] * 5
+    assert [outcome.reward for outcome in outcomes] == [7.0, None, 7.0] * 5
+    assert all("no answer within 0.4 s, so its worker was killed" in outcome.detail for outcome in outcomes[1::3])
+    assert (counts["ok"], counts["timeout"]) == (10, 5)
 
 
 def test_a_slow_async_reward_is_cancelled_and_its_worker_lives_on():
@@ -322,6 +322,7 @@ def test_ctrl_c_is_left_to_the_controller(tmp_path):
         os.kill(worker_pid, signal.SIGINT)
         process.stdin.write("fine\n")
         assert process.stdout.readline() == "ok\n"
+        assert is_alive(worker_pid)
         assert os.getpgid(worker_pid) != os.getpgid(process.pid)
         process.send_signal(signal.SIGINT)
         output, errors = process.communicate()

@@ -101,6 +101,12 @@ def test_a_file_cut_anywhere_keeps_its_complete_lines_and_goes_on(tmp_path_facto
     assert all(row["train/loss"] == row["step"] / 7 for row in rows_in(run_dir)[:-1])
 
 
+def test_a_half_written_line_is_not_glued_to_the_next_one(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1, "train/lo')
+    JsonlTracker(tmp_path).log(1, {"train/loss": 0.5})
+    assert rows_in(tmp_path) == [{"step": 0}, {"step": 1, "train/loss": 0.5}]
+
+
 def test_what_was_logged_outlives_a_sigkill(tmp_path):
     program = (
         "import os, signal, sys; from pathlib import Path; from lockstep.tracking.jsonl import JsonlTracker\n"

@@ -7,6 +7,7 @@ import struct
 import sys
 
 import pytest
+import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb.proto import wandb_internal_pb2
 
@@ -41,6 +42,7 @@ def wandb_records(path):
 def wandb_history(run_dir):
     """What wandb stored offline: the rows, and the run's description."""
     (path,) = run_dir.glob("wandb/offline-run-*/run-*.wandb")
+    wandb.teardown()  # its writer is another process, which may still write after the run has finished
     records = list(wandb_records(path))
     rows = [
         {".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
@@ -123,6 +125,12 @@ def test_wandb_can_put_rollouts_on_the_axis_of_optimizer_steps(tmp_path):
     assert rows == [{"train/step": 8, "rollout/step": 8, "rollout/raw_reward": 0.5}]
     assert run.run_group.startswith("night_")
     assert len(run.run_group) > len("night_")
+
+
+def test_wandb_online_without_a_key_says_how_to_give_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+    with pytest.raises(OptionError, match=r"--use-wandb is True: .*No API key.* --wandb-mode offline needs neither"):
+        make_trackers(LoggingOptions(use_wandb=True, wandb_mode="online"), tmp_path, {})
 
 
 @pytest.mark.parametrize("package", ["wandb", "tensorboard"])
