@@ -52,9 +52,10 @@ A flag that is in neither list is an error that names the closest one.
 - **Uneven groups** are normalised by the prompt they belong to; a group of one is refused (`--n-samples-per-prompt 1`).
 - **Options that would do nothing** are refused: `--kl-coef` with grpo and gspo, `--kl-loss-coef` without
   `--use-kl-loss`, `--save-interval` without `--save`.
-- **`--rm-type math`** compares with math-verify, where slime compares strings after normalising them. Answers that are
-  equal as mathematics are right here and may be wrong in slime (`0.5` and `\\frac{1}{2}`, `x+1` and `1+x`); a response
-  without `\\boxed{}` is judged by the answer at its end, where slime scores 0.
+- **`--rm-type math`** compares with math-verify, where slime normalises strings and asks sympy in some cases.
+  Right here and wrong in slime: an unreduced fraction (`2/4` for `1/2`), an integer written otherwise (`4/2` or `1+1`
+  for `2`), powers (`2^{10}` for `1024`), sets in another order, and a correct answer without `\\boxed{}`. Right in
+  slime and wrong here: numbers with `million` or `billion` in words.
 - **Hooks** have slime's signatures. `args` is read-only, and options of slime that Lockstep has not got read there as
   their neutral value. slime's own paths (`slime.rollout.filter_hub...check_reward_nonzero_std`) are understood for the
   default rollout, the default data source and that filter.

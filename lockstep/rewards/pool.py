@@ -264,33 +264,21 @@ class RewardPool:
     def died(self, worker: _Worker) -> None:
         """A worker is gone, killed by us or by itself: end the calls that are to blame, send the others again."""
         self._workers.discard(worker)
+        blamed = _blamed(worker)
         for call in worker.calls.values():
-            failure = self._blame(call, worker)
-            if call.future.done() or failure:
-                call.finish(failure or Failed(call.message.id, Outcome.TIMEOUT, ""))
-            else:
+            if call in blamed or call.strikes >= _MOST_STRIKES:
+                call.finish(self._failure(call, worker))
+            elif not call.future.done():
                 call.reset()
                 self._waiting.setdefault(call.message.reward, deque()).appendleft(call)
         worker.calls.clear()
         self._dispatch()
 
-    def _blame(self, call: _PendingCall, worker: _Worker) -> Failed | None:
-        """Why the call ends with its worker, None if it is to be sent again.
-
-        The call that had the worker's thread is to blame. A call whose deadline passed while another had the thread
-        may be innocent, as may all when none had it: these are sent again, until they have been under suspicion twice.
-        """
-        id, is_overdue = call.message.id, time.monotonic() >= call.deadline
-        has_thread, is_exonerated = worker.holder == id, worker.holder in worker.calls and worker.holder != id
-        if worker.is_killed:
-            limit_s = _START_LIMIT_S if call.started_at == math.inf else self._timeout_s
-            failure = Failed(id, Outcome.TIMEOUT, f"no answer within {limit_s:g} s, so its worker was killed")
-            is_guilty, is_suspect = is_overdue and not is_exonerated, is_overdue or has_thread
-        else:
-            failure = Failed(id, Outcome.CRASH, f"its worker process died with {worker.exit_status}")
-            is_guilty, is_suspect = has_thread, not is_exonerated
-        call.strikes += is_suspect
-        return failure if is_guilty or call.strikes >= _MOST_STRIKES else None
+    def _failure(self, call: _PendingCall, worker: _Worker) -> Failed:
+        if not worker.is_killed:
+            return Failed(call.message.id, Outcome.CRASH, f"its worker process died with {worker.exit_status}")
+        limit_s = _START_LIMIT_S if call.started_at == math.inf else self._timeout_s
+        return Failed(call.message.id, Outcome.TIMEOUT, f"no answer within {limit_s:g} s, so its worker was killed")
 
 
 @dataclass(eq=False)
@@ -398,6 +386,25 @@ class _Worker(asyncio.Protocol):
         if self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
+
+
+def _blamed(worker: _Worker) -> set[_PendingCall]:
+    """The calls that certainly brought a worker down; where there is none, every suspect gets a strike.
+
+    A crash is the doing of the call that had the thread. A worker is killed because it kept a call beyond its
+    deadline: the doing of the call that had the thread, if its own deadline has passed too, and of every overdue
+    call if none had it. A call that lost its time to another is innocent.
+    """
+    now = time.monotonic()
+    holder = worker.calls.get(worker.holder)
+    overdue = {call for call in worker.calls.values() if call.deadline <= now}
+    if holder and (not worker.is_killed or holder in overdue):
+        return {holder}
+    if worker.is_killed and not holder:
+        return overdue
+    for call in overdue | {holder} if holder else worker.calls.values():
+        call.strikes += 1
+    return set()
 
 
 def _shared_memory_file() -> IO[bytes]:

@@ -61,7 +61,7 @@ class Problem:
 
         13 is coprime to 10, so which side a problem is on says nothing about its digits.
         """
-        return "heldout" if (self.first + 2 * self.second) % 13 == 1 else "train"
+        return "heldout" if self.first * self.second % 13 == 1 else "train"
 
     @property
     def carries(self) -> int:

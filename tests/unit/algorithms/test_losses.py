@@ -19,6 +19,7 @@ from lockstep.algorithms import (
     sample_loss_weights,
     token_loss_weights,
 )
+from lockstep.config import AlgorithmOptions
 from lockstep.errors import OptionError
 
 
@@ -379,7 +380,7 @@ def test_options_reach_the_loss() -> None:
         "use_kl_loss": True, "kl_loss_coef": 0.2, "kl_loss_type": "k2", "use_unbiased_kl": True, "use_tis": True,
         "get_mismatch_metrics": True, "tis_clip": 3.0, "tis_clip_low": 0.5,
     }  # fmt: skip
-    built = loss_from_options(SimpleNamespace(loss_type="policy_loss", **options))
+    built = loss_from_options(AlgorithmOptions(loss_type="policy_loss", **options))
     assert built == make_policy_loss(**options)
     assert vars(built) == {"sequence_level": True, **{k: v for k, v in options.items() if k != "advantage_estimator"}}
-    assert loss_from_options(SimpleNamespace(loss_type="sft_loss", **options)) == SftLoss()
+    assert loss_from_options(AlgorithmOptions(loss_type="sft_loss", **options)) == SftLoss()
