@@ -34,6 +34,8 @@ class Line:
     y: list[float | None]
     is_faint: bool = False
     """Raw values behind their running mean."""
+    color: int | None = None
+    """Place in the page's palette, for lines that keep their colour from run to run. Default: the line's own place."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Chart:
     unit: str
     kind: Kind
     lines: list[Line]
+    has_legend: bool = True
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -189,7 +192,8 @@ def build(spec: ChartSpec, rows: Sequence[Row]) -> Chart | None:
     if spec.is_noisy:
         lines = [drawn for each in lines for drawn in with_running_mean(each)]
     lines = [each for each in lines if any(value is not None for value in each.y)]
-    return Chart(spec.title, spec.about, spec.unit, spec.kind, lines) if lines else None
+    has_legend = len(lines) > 1 or len(spec.metrics) > 1 or spec.kind == "stacked"
+    return Chart(spec.title, spec.about, spec.unit, spec.kind, lines, has_legend) if lines else None
 
 
 def filled(sparse: Line, rows: Sequence[Row]) -> Line:
@@ -229,6 +233,7 @@ def phase_times(rows: Sequence[Row]) -> Chart | None:
         lines.append(seconds)
     other = [max(0.0, (row["perf/step_time"] or 0.0) - sum(parts)) for row, *parts in zip(steps, *lines, strict=True)]
     x = [row["step"] for row in steps]
-    named = zip([*(name for name, _ in PHASES), "other"], [*lines, other], strict=True)
-    drawn = [Line(name, x, list(seconds)) for name, seconds in named if any(seconds)]
+    names = [*(name for name, _ in PHASES), "other"]
+    named = enumerate(zip(names, [*lines, other], strict=True))
+    drawn = [Line(name, x, list(seconds), color=place) for place, (name, seconds) in named if any(seconds)]
     return Chart("Time per phase", "Where the seconds of a step go.", "s", "stacked", drawn)

@@ -43,6 +43,7 @@ def is_equivalent(answer: str, label: str) -> bool:
 
     Words are compared as words, because as mathematics "east" would be the product of its letters.
     """
+    answer = answer.strip().removesuffix(".")
     plain_answer, plain_label = _plain(answer), _plain(label)
     if plain_answer == plain_label:
         return True

@@ -81,7 +81,8 @@ class RunProgress:
             progress.step(0, metrics)
 
     Args:
-        start_step: the first step of this process, above 0 in a resumed run; the estimate of what is left starts there.
+        start_step: the first step of this process, above 0 in a resumed run; the estimate of what is left starts
+            there. Like `num_steps` it may be set until the progress is entered.
         clock: seconds that only grow.
     """
 
@@ -99,7 +100,7 @@ class RunProgress:
         self.is_live = self.console.is_terminal and not self.console.is_dumb_terminal
         self._clock = clock
         self._started = clock()
-        self._steps_done = start_step
+        self._steps_done = 0
         self._phase: Phase | None = None
         self._series: dict[str, _Series] = {}
         self._live = Live(
@@ -108,6 +109,7 @@ class RunProgress:
 
     def __enter__(self) -> RunProgress:
         self._started = self._clock()
+        self._steps_done = self.start_step
         if self.is_live:
             self._live.start()
         return self

@@ -172,3 +172,14 @@ def test_transformers_loads_the_checkpoint_and_finds_every_tensor_in_its_place(o
     assert torch.equal(model.model.layers[1].mlp.experts.gate_up_proj[5], torch.cat([gate, up]))
     assert sum(parameter.numel() for parameter in model.parameters()) == sum(w.numel() for w in written.values())
     assert model.generation_config.eos_token_id == [2, 0]
+
+
+def test_random_matrices_keep_the_size_of_what_flows_through_them():
+    """A vector of unit variance comes out with unit variance, whatever the shape; norms start at 1."""
+    for name, weight in prepare.make_weights(prepare.make_config(), seed=0).items():
+        if weight.dim() == 1:
+            assert torch.equal(weight, torch.ones_like(weight))
+        else:
+            assert weight.std().item() * weight.shape[1] ** 0.5 == pytest.approx(
+                1, abs=5 / (2 * weight.numel()) ** 0.5
+            ), name

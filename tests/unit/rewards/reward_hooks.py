@@ -52,6 +52,9 @@ async def by_response(args, sample):
                     continue
         case "exit":
             os._exit(3)
+        case "exit in the background":
+            threading.Timer(0.05, os._exit, (4,)).start()
+            await asyncio.sleep(60)
         case "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         case "sys.exit":

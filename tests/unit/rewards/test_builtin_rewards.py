@@ -51,6 +51,7 @@ def test_the_last_box_is_read_with_its_braces_matched(text, content):
     [
         (r"\boxed{34}", "34", 1.0),
         (r"\boxed{34}", 34, 1.0),
+        (r"\boxed{34.}", "34", 1.0),
         (r"\boxed{35}", "34", 0.0),
         (r"\boxed{34} no, \boxed{35}", "34", 0.0),
         (r"\boxed{0.5}", r"\frac{1}{2}", 1.0),

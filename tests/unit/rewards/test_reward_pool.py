@@ -122,6 +122,25 @@ def test_a_crash_is_counted_for_the_call_that_caused_it_only():
     assert (counts["ok"], counts["crash"]) == (3, 2)
 
 
+def test_calls_on_a_worker_that_dies_for_no_reason_of_theirs_are_sent_again():
+    async def run():
+        async with RewardPool(options("by_response"), num_workers=1) as pool:
+            worker_pid = int((await pool.score(Sample(response="pid"))).reward)
+            calls = [asyncio.ensure_future(pool.score(Sample(response="wait a little"))) for _ in range(3)]
+            await asyncio.sleep(0.1)
+            os.kill(worker_pid, signal.SIGKILL)
+            return await asyncio.gather(*calls)
+
+    assert [outcome.reward for outcome in asyncio.run(run())] == [7.0] * 3
+
+
+def test_a_call_whose_worker_dies_twice_is_a_crash():
+    outcomes, counts = score_all(["exit in the background"], timeout_s=5)
+    assert outcome_names(outcomes) == ["crash"]
+    assert "exit code 4" in outcomes[0].detail
+    assert counts["crash"] == 1
+
+
 def test_returning_nonsense_is_invalid_and_raising_is_an_exception():
     responses = ["nan", "infinite", "none", "text", "raise", "sys.exit", "unpicklable", "local class", "dict", "fine"]
     outcomes, _ = score_all(responses, timeout_s=10)

@@ -95,7 +95,10 @@ def test_an_inner_phase_gives_way_to_the_outer_one():
 
 def test_the_time_left_counts_only_this_process():
     clock = Clock()
-    with plain(num_steps=10, start_step=5, clock=clock) as progress:
+    progress = plain(num_steps=0, clock=clock)
+    progress.num_steps, progress.start_step = 10, 5
+    with progress:
+        assert "step 5/10" in panel_text(progress)
         clock.now += 3
         progress.step(5, {})
     assert output(progress) == "step 6/10  12s to go\n"

@@ -1,0 +1,91 @@
+"""Parity ladder: random two-to-four-layer models in fp32 on the CPU against transformers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import (
+    VOCAB,
+    RoutingGap,
+    dense_config,
+    hf_logits,
+    hf_model,
+    moe_config,
+    packed_logits,
+    random_documents,
+    relative_error,
+    twin_of,
+)
+from transformers import PreTrainedModel
+
+from lockstep.models import Qwen3
+
+TOLERANCE = 1e-5
+SMALLEST_GAP = 1e-5
+"""Closer calls between two experts may fall either way in fp32."""
+LENGTHS = [7, 1, 23, 12]
+
+
+def without_close_calls(family: str, seed: int) -> tuple[PreTrainedModel, Qwen3, list[list[int]]]:
+    """A model of the seed's config, its twin, and documents whose routing is clear; weights are redrawn if need be."""
+    config = dense_config(seed) if family == "dense" else moe_config(seed)
+    for weight_seed in range(seed, seed + 1000, 100):
+        theirs = hf_model(config, weight_seed)
+        ours, documents, gap = twin_of(theirs), random_documents(LENGTHS, weight_seed), RoutingGap()
+        packed_logits(ours, documents, gap)
+        if gap.smallest > SMALLEST_GAP:
+            return theirs, ours, documents
+    raise AssertionError("no draw has clear routes")
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("family", ["dense", "moe"])
+def test_logits_and_every_gradient_of_packed_documents_equal_transformers(family: str, seed: int) -> None:
+    theirs, ours, documents = without_close_calls(family, seed)
+    upstream = torch.randn(sum(LENGTHS), VOCAB, generator=torch.Generator().manual_seed(seed))
+
+    wanted = hf_logits(theirs, documents)
+    (wanted * upstream).sum().backward()
+    got = packed_logits(ours, documents)
+    (got * upstream).sum().backward()
+
+    assert relative_error(got, wanted) <= TOLERANCE
+    wanted_grads = {name: p.grad for name, p in theirs.named_parameters()}
+    assert wanted_grads.keys() == dict(ours.named_parameters()).keys()
+    errors = {
+        name: relative_error(p.grad, wanted_grads[name]) for name, p in ours.named_parameters() if p.grad is not None
+    }
+    assert errors.keys() == {name for name, grad in wanted_grads.items() if grad is not None}
+    assert {name: error for name, error in errors.items() if not error <= TOLERANCE} == {}
+
+
+def test_the_seeds_cover_every_kind_of_config() -> None:
+    configs = [moe_config(seed) for seed in range(6)]
+    for field in ("tie_word_embeddings", "attention_bias", "norm_topk_prob"):
+        assert {getattr(c, field) for c in configs} == {True, False}
+        if field != "norm_topk_prob":
+            assert {getattr(dense_config(seed), field) for seed in range(6)} == {True, False}
+    assert any(c.mlp_only_layers for c in configs)
+    assert {c.decoder_sparse_step for c in configs} == {1, 2}
+    assert any(c.head_dim * c.num_attention_heads != c.hidden_size for c in configs)
+    assert any(c.num_key_value_heads < c.num_attention_heads for c in configs)
+
+
+@pytest.mark.parametrize("family", ["dense", "moe"])
+def test_a_document_does_not_see_its_neighbours_in_the_pack(family: str) -> None:
+    _, ours, documents = without_close_calls(family, 3)
+    alone = torch.cat([packed_logits(ours, [document]) for document in documents])
+    assert relative_error(packed_logits(ours, documents), alone) <= TOLERANCE
+    others = [document if i == 2 else [(t + 1) % VOCAB for t in document] for i, document in enumerate(documents)]
+    rows = slice(sum(LENGTHS[:2]), sum(LENGTHS[:3]))
+    assert relative_error(packed_logits(ours, others)[rows], packed_logits(ours, documents)[rows]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("family", ["dense", "moe"])
+def test_bf16_is_at_most_twice_as_far_from_fp32_as_transformers_bf16(family: str) -> None:
+    """Mean over all logits of the distance to the fp32 reference; ours may be at most twice theirs."""
+    theirs, ours, documents = without_close_calls(family, 4)
+    exact = hf_logits(theirs, documents)
+    their_error = (hf_logits(theirs.bfloat16(), documents).float() - exact).abs().mean()
+    our_error = (packed_logits(ours.bfloat16(), documents).float() - exact).abs().mean()
+    assert our_error <= 2 * their_error

@@ -1,0 +1,127 @@
+"""Small random models, each as transformers computes it and as Lockstep does, with the same weights."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from lockstep.kernels.attention import PackedAttention
+from lockstep.models import Qwen3
+from lockstep.models import Qwen3Config as Shape
+from lockstep.models.layers.moe import ChooseExperts, top_k_experts
+
+VOCAB = 97
+
+
+def dense_config(seed: int = 0, **changes: Any) -> Qwen3Config:
+    """Two to four layers; heads, widths, biases and tied embeddings drawn from the seed."""
+    return Qwen3Config(**(_common(random.Random(seed)) | changes), attn_implementation="eager")
+
+
+def moe_config(seed: int = 0, **changes: Any) -> Qwen3MoeConfig:
+    """The same with experts; which layers are dense, and whether weights are renormalised, drawn from the seed."""
+    draw = random.Random(seed)
+    common = _common(draw)
+    layers = common["num_hidden_layers"]
+    sparse = {
+        "num_experts": draw.choice([4, 6, 8]),
+        "num_experts_per_tok": draw.choice([1, 2, 3]),
+        "moe_intermediate_size": draw.choice([16, 24]),
+        "norm_topk_prob": bool(seed % 2),
+        "decoder_sparse_step": 2 if seed % 3 == 2 else 1,
+        "mlp_only_layers": [draw.randrange(layers)] if seed % 3 == 1 else [],
+    }
+    return Qwen3MoeConfig(
+        **(common | sparse | changes), attn_implementation="eager", experts_implementation="eager"
+    )
+
+
+def _common(draw: random.Random) -> dict[str, Any]:
+    key_heads, heads_per_key = draw.choice([1, 2]), draw.choice([1, 2, 3])
+    return {
+        "vocab_size": VOCAB,
+        "hidden_size": draw.choice([32, 48]),
+        "intermediate_size": draw.choice([40, 64]),
+        "num_hidden_layers": draw.choice([2, 3, 4]),
+        "num_attention_heads": key_heads * heads_per_key,
+        "num_key_value_heads": key_heads,
+        "head_dim": draw.choice([8, 16, 24]),
+        "max_position_embeddings": 512,
+        "rms_norm_eps": draw.choice([1e-6, 1e-5]),
+        "rope_parameters": {"rope_type": "default", "rope_theta": draw.choice([1e4, 1e6])},
+        "attention_bias": draw.random() < 0.5,
+        "tie_word_embeddings": draw.random() < 0.5,
+    }
+
+
+def hf_model(config: Qwen3Config | Qwen3MoeConfig, seed: int = 0) -> PreTrainedModel:
+    """transformers' model in fp32, every parameter drawn (also norms and biases, which start at 1 and 0 there)."""
+    made = Qwen3MoeForCausalLM if isinstance(config, Qwen3MoeConfig) else Qwen3ForCausalLM
+    model = made(config).eval()
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=draw)
+            if "norm" in name:
+                parameter.copy_(1 + 0.2 * noise)
+            else:
+                parameter.copy_(noise * (parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.3))
+    return model
+
+
+def twin_of(model: PreTrainedModel) -> Qwen3:
+    """Lockstep's model with the same weights; in memory both stack experts under the same names."""
+    twin = Qwen3(Shape.from_hf(model.config.to_dict()))
+    missing, surplus = twin.load_state_dict(model.state_dict(), strict=True)
+    assert not missing
+    assert not surplus
+    return twin
+
+
+def tiny_dense(**changes: Any) -> Qwen3:
+    return twin_of(hf_model(dense_config(0, **changes)))
+
+
+def tiny_moe(**changes: Any) -> Qwen3:
+    return twin_of(hf_model(moe_config(0, **changes)))
+
+
+def packed_logits(model: Qwen3, documents: list[list[int]], choose: ChooseExperts = top_k_experts) -> Tensor:
+    """Logits `[T, V]` of the documents packed into one row."""
+    lengths = [len(document) for document in documents]
+    tokens = torch.tensor([token for document in documents for token in document])
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    hidden = model(tokens, positions, PackedAttention(lengths, tokens.device), choose)
+    return hidden @ model.lm_head.weight.T
+
+
+def hf_logits(model: PreTrainedModel, documents: list[list[int]]) -> Tensor:
+    """Logits `[T, V]` of the documents, each computed alone by transformers."""
+    return torch.cat([model(torch.tensor([document])).logits[0] for document in documents])
+
+
+def random_documents(lengths: list[int], seed: int = 0) -> list[list[int]]:
+    draw = random.Random(seed)
+    return [[draw.randrange(VOCAB) for _ in range(length)] for length in lengths]
+
+
+class RoutingGap:
+    """The router's own choice; remembers how close it came to another one."""
+
+    def __init__(self) -> None:
+        self.smallest = float("inf")
+
+    def __call__(self, moe_index: int, probs_TE: Tensor, top_k: int) -> Tensor:
+        ordered = probs_TE.sort(-1, descending=True).values
+        self.smallest = min(self.smallest, float((ordered[:, top_k - 1] - ordered[:, top_k]).min()))
+        return top_k_experts(moe_index, probs_TE, top_k)
+
+
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
+    """max |a - b| / max |b|; two tensors of zeros agree."""
+    difference, size = float((ours - theirs).abs().max()), float(theirs.abs().max())
+    return difference / size if size else difference
