@@ -5,6 +5,7 @@
     ├── DataError         a row, a file or a chat template is unusable
     ├── ModelError        an HF config or a weight does not fit the model
     ├── CheckpointError   a checkpoint cannot be written or read
+    ├── OutputError       a file of the run (metrics, samples, report) cannot be written
     ├── RolloutError      sampling cannot go on (engine, custom generate, empty batch)
     ├── RewardError       a reward failed under the policy "stop"
     └── ParityError       sampler and trainer disagree beyond the user's limit
@@ -15,6 +16,9 @@ them without a traceback.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 
@@ -54,6 +58,26 @@ class ModelError(LockstepError, ValueError):
 
 class CheckpointError(LockstepError, OSError):
     """A checkpoint that cannot be written or read."""
+
+
+class OutputError(LockstepError, OSError):
+    """A file of the run that cannot be written."""
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say what cannot be written, and what to do, when the system refuses to write below `path`."""
+    try:
+        yield
+    except LockstepError:
+        raise
+    except OSError as error:
+        raise OutputError(
+            str(error.filename or path),
+            "not writable",
+            f"the system says: {error.strerror or error}.",
+            "Free space or fix the folder's permissions; with --load, a run goes on from its last checkpoint.",
+        ) from error
 
 
 class RolloutError(LockstepError, RuntimeError):

@@ -47,11 +47,10 @@ class GracefulStop:
         Raises:
             Interrupted: it was cancelled by a stop request.
         """
-        if self.requested:
-            work.close()
-            raise Interrupted
         task: asyncio.Task[T] = asyncio.create_task(work)
         self._task = task
+        if self.requested:
+            task.cancel()
         try:
             return await task
         except asyncio.CancelledError:
@@ -63,8 +62,7 @@ class GracefulStop:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
-            sys.stderr.write("\nlockstep: stopped at once.\n")
-            sys.stderr.flush()
+            os.write(sys.stderr.fileno(), b"\nlockstep: stopped at once\n")  # a handler must not enter buffered streams
             os._exit(128 + number)
         self.requested = True
         self._notify("stopping: saving a checkpoint after what cannot be interrupted (Ctrl-C again stops at once)")

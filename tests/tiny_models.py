@@ -27,17 +27,17 @@ def moe_config(seed: int = 0, **changes: Any) -> Qwen3MoeConfig:
     draw = random.Random(seed)
     common = _common(draw)
     layers = common["num_hidden_layers"]
+    renormalises = bool(seed % 2)
     sparse = {
         "num_experts": draw.choice([4, 6, 8]),
-        "num_experts_per_tok": draw.choice([1, 2, 3]),
+        # One renormalised expert always weighs 1, so its router would have no gradient to compare.
+        "num_experts_per_tok": draw.choice([2, 3] if renormalises else [1, 2, 3]),
         "moe_intermediate_size": draw.choice([16, 24]),
-        "norm_topk_prob": bool(seed % 2),
+        "norm_topk_prob": renormalises,
         "decoder_sparse_step": 2 if seed % 3 == 2 else 1,
         "mlp_only_layers": [draw.randrange(layers)] if seed % 3 == 1 else [],
     }
-    return Qwen3MoeConfig(
-        **(common | sparse | changes), attn_implementation="eager", experts_implementation="eager"
-    )
+    return Qwen3MoeConfig(**(common | sparse | changes), attn_implementation="eager", experts_implementation="eager")
 
 
 def _common(draw: random.Random) -> dict[str, Any]:
@@ -76,9 +76,7 @@ def hf_model(config: Qwen3Config | Qwen3MoeConfig, seed: int = 0) -> PreTrainedM
 def twin_of(model: PreTrainedModel) -> Qwen3:
     """Lockstep's model with the same weights; in memory both stack experts under the same names."""
     twin = Qwen3(Shape.from_hf(model.config.to_dict()))
-    missing, surplus = twin.load_state_dict(model.state_dict(), strict=True)
-    assert not missing
-    assert not surplus
+    twin.load_state_dict(model.state_dict())
     return twin
 
 
@@ -116,12 +114,12 @@ class RoutingGap:
         self.smallest = float("inf")
 
     def __call__(self, moe_index: int, probs_TE: Tensor, top_k: int) -> Tensor:
-        ordered = probs_TE.sort(-1, descending=True).values
+        ordered = probs_TE.detach().sort(-1, descending=True).values
         self.smallest = min(self.smallest, float((ordered[:, top_k - 1] - ordered[:, top_k]).min()))
         return top_k_experts(moe_index, probs_TE, top_k)
 
 
 def relative_error(ours: Tensor, theirs: Tensor) -> float:
     """max |a - b| / max |b|; two tensors of zeros agree."""
-    difference, size = float((ours - theirs).abs().max()), float(theirs.abs().max())
+    difference, size = float((ours - theirs).detach().abs().max()), float(theirs.detach().abs().max())
     return difference / size if size else difference

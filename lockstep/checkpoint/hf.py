@@ -19,6 +19,7 @@ from lockstep.models.qwen3 import Qwen3, Qwen3Config, hf_views
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_READABLE = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def read_hf_config(folder: Path) -> dict[str, Any]:
@@ -64,6 +65,13 @@ def load_hf_model(folder: Path, *, dtype: torch.dtype, device: torch.device) -> 
                 "the model that config.json describes has no such tensor, or it was stored twice.",
                 "Use the config.json that belongs to these weights.",
             )
+        if tensor.dtype not in _READABLE:
+            raise ModelError(
+                f"{folder} tensor {name}",
+                str(tensor.dtype),
+                "quantised weights cannot be read yet.",
+                "Use a checkpoint in float32, bfloat16 or float16.",
+            )
         if target.shape != tensor.shape:
             raise ModelError(
                 f"{folder} tensor {name}",
@@ -84,19 +92,43 @@ def load_hf_model(folder: Path, *, dtype: torch.dtype, device: torch.device) -> 
 
 
 def save_hf_model(model: Qwen3, folder: Path, *, source: Path) -> None:
-    """Export the weights under their HF names, beside config and tokenizer files copied from `source`, atomically."""
-    shards = _weight_map(source)
+    """Export the weights under their HF names, beside config and tokenizer files copied from `source`, atomically.
+
+    Tensors go to the shards that hold them in `source`; config.json says the type that they are written in.
+    """
+    shard_of = _weight_map(source)
     with atomic_directory(folder, replace=True) as temporary:
         for path in source.iterdir():
             if path.is_file() and path.suffix not in (".safetensors", ".bin", ".jsonl") and path.name != _INDEX:
                 shutil.copy2(path, temporary)
+        _set_dtype(temporary / "config.json", model.lm_head.weight.dtype)
         by_shard: dict[str, dict[str, Tensor]] = {}
         for name, tensor in named_hf_tensors(model):
-            by_shard.setdefault(shards.get(name, _SINGLE), {})[name] = tensor.detach().cpu().contiguous()
+            by_shard.setdefault(shard_of.get(name, _SINGLE), {})[name] = tensor.detach().cpu().contiguous()
         for shard, tensors in by_shard.items():
             save_file(tensors, str(temporary / shard), metadata={"format": "pt"})
-        if (source / _INDEX).is_file():
-            shutil.copy2(source / _INDEX, temporary)
+        if shard_of:
+            (temporary / _INDEX).write_text(json.dumps(_index(by_shard), indent=2))
+
+
+def _set_dtype(path: Path, dtype: torch.dtype) -> None:
+    """Make a config.json say the type of its weights; untouched where it already does."""
+    config = json.loads(path.read_text())
+    key, name = "torch_dtype" if "torch_dtype" in config else "dtype", str(dtype).removeprefix("torch.")
+    if config.get(key) != name:
+        path.write_text(json.dumps(config | {key: name}, indent=2))
+
+
+def _index(by_shard: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
+    """The sharding index of HF folders."""
+    tensors = [tensor for shard in by_shard.values() for tensor in shard.values()]
+    return {
+        "metadata": {
+            "total_parameters": sum(tensor.numel() for tensor in tensors),
+            "total_size": sum(tensor.nbytes for tensor in tensors),
+        },
+        "weight_map": {name: shard for shard, held in sorted(by_shard.items()) for name in sorted(held)},
+    }
 
 
 def named_hf_tensors(model: Qwen3) -> Iterator[tuple[str, Tensor]]:
@@ -126,5 +158,10 @@ def _weight_map(folder: Path) -> dict[str, str]:
     path = folder / _INDEX
     if not path.is_file():
         return {}
-    weight_map: dict[str, str] = json.loads(path.read_text())["weight_map"]
+    try:
+        weight_map: dict[str, str] = json.loads(path.read_text())["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            str(path), "unreadable", "it is no JSON object with a weight_map.", "Download the file again."
+        ) from error
     return weight_map

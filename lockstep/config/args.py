@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
+from pathlib import Path
 from typing import Any
+
+from lockstep.errors import OptionError
+
+HIDDEN = "***"
+"""What hooks read in place of a secret."""
 
 
 class Args:
@@ -51,3 +57,36 @@ class Args:
 
     def __repr__(self) -> str:
         return f"Args({len(self._values)} options)"
+
+
+def read_custom_values(path: str, known: Container[str]) -> dict[str, Any]:
+    """The values of `--custom-config-path`, by name.
+
+    Args:
+        known: names that may not be set there.
+    Raises:
+        OptionError: the file is missing or no YAML mapping, or one of its names is an option or no name at all.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise OptionError(
+            "--custom-config-path", path, f"it cannot be read: {error}.", "Give the path of a YAML file."
+        ) from error
+    if not isinstance(values, dict):
+        raise OptionError("--custom-config-path", path, "it holds no mapping.", "Write lines of NAME: value.")
+    for name, value in values.items():
+        if not (isinstance(name, str) and name.isidentifier()):
+            raise OptionError(
+                "--custom-config-path", name, "hooks could not read this as args.NAME.", "Use letters, digits and _."
+            )
+        if name in known:
+            raise OptionError(
+                f"--custom-config-path {path} ({name})",
+                value,
+                "it is an option, and options live in one place.",
+                "Write it into the recipe, or give it as a flag.",
+            )
+    return values

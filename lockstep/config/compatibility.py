@@ -38,6 +38,8 @@ class SlimeFlag:
     """Values that are fine; None for all of them."""
     refused: Mapping[str, str] = field(default_factory=dict)
     """Single values of a `same` flag that stop, with the reason."""
+    default: Any = None
+    """slime's default, where hooks may want to read it although the flag is not an option of ours."""
 
     @property
     def name(self) -> str:
@@ -48,7 +50,7 @@ class SlimeFlag:
         """What hooks read as `args.<name>` when the flag is not an option of ours."""
         if self.works:
             return self.works[0]
-        return False if self.words == "none" else None
+        return False if self.words == "none" else self.default
 
     def refusal(self, value: Any) -> OptionError | None:
         """Why this value stops the run, or None."""
@@ -80,8 +82,10 @@ def _same(*flags: str, note: str = "", remedy: str = "", refused: Mapping[str, s
     return [SlimeFlag(flag, Status.SAME, note, remedy, refused=refused or {}) for flag in flags]
 
 
-def _accepted(*flags: str, why: str, words: Literal["none", "one", "many"] = "one") -> list[SlimeFlag]:
-    return [SlimeFlag(flag, Status.ACCEPTED, why, words=words) for flag in flags]
+def _accepted(
+    *flags: str, why: str, words: Literal["none", "one", "many"] = "one", default: Any = None
+) -> list[SlimeFlag]:
+    return [SlimeFlag(flag, Status.ACCEPTED, why, words=words, default=default) for flag in flags]
 
 
 def _only(*flags: str, value: Any, why: str, remedy: str) -> list[SlimeFlag]:
@@ -164,8 +168,7 @@ SECTIONS: dict[str, list[SlimeFlag]] = {
         *_later("--only-train-params-name-list", "--freeze-params-name-list", words="many",
                 why="freezing parameters is not there yet.", use="Leave it out to train all parameters."),
         *_later("--megatron-config-path", why=_PPO, use=_USE_GRPO),
-        *_never("--custom-config-path", why="options live in one place, the recipe.",
-                use="Write its entries into the recipe's TOML tables."),
+        *_same("--custom-config-path", note="Names that are options are refused: they belong in the recipe."),
         *_later("--no-load-optim", "--no-load-rng", "--finetune", words="none",
                 why="resuming always restores the whole state.",
                 use="Leave out --load and give the weights as --hf-checkpoint to start afresh from them."),
@@ -199,11 +202,8 @@ SECTIONS: dict[str, list[SlimeFlag]] = {
         *_same("--apply-chat-template", "--apply-chat-template-kwargs", "--data-source-path"),
         *_later("--disable-rollout-global-dataset", words="none", why="prompts always come from the data source.",
                 use="Give --data-source-path a class of your own."),
-        *_same(
-            "--loss-mask-type",
-            refused={kind: f"the chat format {kind} is not there yet." for kind in ("qwen3_5", "distill_qwen")},
-            remedy="Use qwen or qwen3.",
-        ),
+        *_accepted("--loss-mask-type", default="qwen",
+                   why="SFT finds the assistant's tokens by rendering the chat template itself, whatever its format."),
         *_accepted("--data-pad-size-multiplier", why="rows are packed without padding."),
     ],
     "Batching": [
@@ -226,16 +226,20 @@ SECTIONS: dict[str, list[SlimeFlag]] = {
         *_same("--eps-clip", "--eps-clip-high", "--eps-clip-c"),
         *_accepted("--value-clip", "--critic-lr", why="it is the critic's, and there is none."),
         *_later("--num-critic-only-steps", works=0, why=_PPO, use=_USE_GRPO),
-        *_same("--kl-coef", note="Refused unless 0: it has no effect with grpo and gspo in slime either."),
+        *_only("--kl-coef", value=0, why="a KL in the reward does nothing with grpo and gspo, in slime either.",
+               remedy="Use --use-kl-loss and --kl-loss-coef."),
         *_same("--use-kl-loss", note="Without `--ref-load` the reference is `--hf-checkpoint` (slime: an error)."),
         *_same("--kl-loss-coef", "--kl-loss-type", "--use-unbiased-kl", "--ref-update-interval", "--entropy-coef"),
-        *_same("--gamma", "--lambd", "--normalize-advantages"),
+        *_accepted("--gamma", "--lambd", why="grpo and gspo do not use it."),
+        *_same("--normalize-advantages"),
         *_same("--disable-grpo-std-normalization", "--disable-rewards-normalization", "--calculate-per-token-loss"),
         *_same("--use-rollout-logprobs", "--get-mismatch-metrics"),
         *_later("--use-rollout-entropy", words="none", why="entropy is reported by the training step only.",
                 use="Leave it out and read train/entropy_loss."),
-        *_same("--use-tis", "--tis-clip", "--tis-clip-low", "--custom-tis-function-path"),
-        *_never("--tis-level", why="slime has dropped it.", use="Use --custom-tis-function-path."),
+        *_same("--use-tis", "--tis-clip", "--tis-clip-low"),
+        *_later("--custom-tis-function-path", why="importance corrections of your own are not there yet.",
+                use="Use --use-tis."),
+        *_never("--tis-level", why="slime has dropped it.", use="Use --use-tis."),
         *_later("--use-opsm", words="none", why="off-policy sequence masking is not there yet.", use="Use --use-tis."),
         *_accepted("--opsm-delta", why="it does nothing without `--use-opsm`."),
         *_same("--use-routing-replay", "--use-rollout-routing-replay"),
@@ -251,8 +255,10 @@ SECTIONS: dict[str, list[SlimeFlag]] = {
                 "--custom-pg-loss-reducer-function-path",
                 why="losses and advantages of your own are not there yet.",
                 use="Use --custom-reward-post-process-path to change what rewards become."),
-        *_same("--disable-compute-advantages-and-returns", note="With `--loss-type sft_loss` only."),
-        *_same("--lr", "--clip-grad", "--seed", "--weight-decay", "--adam-beta1", "--adam-beta2", "--adam-eps"),
+        *_accepted("--disable-compute-advantages-and-returns", words="none",
+                   why="sft_loss computes none anyway; with policy_loss it is refused."),
+        *_same("--seed", note="Seeds the generators of Python, NumPy and PyTorch for hooks; nothing else draws there."),
+        *_same("--lr", "--clip-grad", "--weight-decay", "--adam-beta1", "--adam-beta2", "--adam-eps"),
         *_later("--reset-optimizer-states", words="none", why="the optimizer keeps its state between rollouts.",
                 use="Leave it out."),
         *_later("--use-stateless-adam", words="none", why="only Adam with both moments is there.", use="Leave it out."),
@@ -301,8 +307,8 @@ SECTIONS: dict[str, list[SlimeFlag]] = {
         *_later("--decoder-last-pipeline-num-layers", "--decoder-first-pipeline-num-layers",
                 why=_ONE_PROCESS, use="Leave it out."),
         *_accepted("--sequence-parallel", words="none", why="with one tensor-parallel rank it means nothing."),
-        *_accepted("--recompute-granularity", "--recompute-method", "--recompute-num-layers",
-                   why="recomputing changes memory and speed, never the result."),
+        *_accepted("--recompute-granularity", why="full recomputes every layer, selective none; the result is the same."),
+        *_accepted("--recompute-method", "--recompute-num-layers", why="every layer is recomputed on its own."),
         *_same("--optimizer", refused={"sgd": "only adam is there."}, remedy="Use adam."),
         *_same(
             "--lr-decay-style",
@@ -348,8 +354,8 @@ SECTIONS: dict[str, list[SlimeFlag]] = {
         *_accepted("--use-rotary-position-embeddings", words="none", why="all supported models use rotary positions."),
         *_never("--add-qkv-bias", words="none", why="Qwen3's attention has no bias.", use="Leave it out."),
     ],
-    "Megatron model shape": _accepted(
-        "--spec", "--num-layers", "--hidden-size", "--ffn-hidden-size", "--num-attention-heads",
+    "Megatron model shape": _accepted("--spec", why="the HF config decides which layers are built.") + _accepted(
+        "--num-layers", "--hidden-size", "--ffn-hidden-size", "--num-attention-heads",
         "--group-query-attention", "--num-query-groups", "--kv-channels", "--qk-layernorm", "--normalization",
         "--norm-epsilon", "--apply-layernorm-1p", "--position-embedding-type", "--rotary-base", "--rotary-percent",
         "--swiglu", "--disable-bias-linear", "--untie-embeddings-and-output-weights", "--attention-output-gate",

@@ -9,7 +9,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lockstep.config import compatibility
-from lockstep.config.args import Args
+from lockstep.config.args import HIDDEN, Args, read_custom_values
 from lockstep.config.base import OptionGroup
 from lockstep.config.machine import ClusterOptions, ParallelOptions, SglangOptions, WeightSyncOptions
 from lockstep.config.model import CheckpointOptions, ModelOptions
@@ -63,10 +63,18 @@ class Config(BaseModel):
             raise first_error(error) from None
 
     def args(self) -> Args:
-        """The flat read-only view that hooks get: our options, and neutral values for slime's other ones."""
+        """The flat read-only view that hooks get: our options, neutral values for slime's other ones, the user's own.
+
+        Secrets are not in it: it travels to reward workers and may be printed.
+
+        Raises:
+            OptionError: `--custom-config-path` cannot be used.
+        """
         neutral = {entry.name: entry.neutral for entry in compatibility.FLAGS.values()}
         ours = {name: getattr(getattr(self, group), name) for name, group in HOME.items()}
-        return Args(neutral | ours)
+        secrets = {name: HIDDEN for name in SECRETS if ours[name] is not None}
+        path = self.rollout.custom_config_path
+        return Args(neutral | ours | secrets | (read_custom_values(path, KNOWN_NAMES) if path else {}))
 
     def to_toml(self) -> str:
         """A recipe that loads as an equal config. Options that are None, and secrets, are left out."""
@@ -80,6 +88,11 @@ GROUPS: dict[str, type[OptionGroup]] = {
 
 HOME: dict[str, str] = {name: group for group, model in GROUPS.items() for name in model.model_fields}
 """Option name -> its table."""
+
+SECRETS: tuple[str, ...] = tuple(
+    name for model in GROUPS.values() for name, field in model.model_fields.items() if field.exclude
+)
+"""Options that no file and no hook sees."""
 
 KNOWN_NAMES: frozenset[str] = frozenset(HOME) | frozenset(compatibility.FLAGS) | frozenset(compatibility.ALIASES)
 """Every name that is not an error: our options and what slime's scripts may spell out."""

@@ -39,8 +39,6 @@ class DataOptions(OptionGroup):
     """Seed of shuffling and of sampling. Each sample's random stream depends only on it and the sample's place."""
     skip_malformed_rows: bool = False
     """Count and skip rows that cannot be used, in place of stopping with file, line and reason."""
-    loss_mask_type: Literal["qwen", "qwen3"] = "qwen"
-    """Chat format by which SFT finds the assistant's tokens."""
 
 
 class RolloutOptions(OptionGroup):
@@ -96,8 +94,10 @@ class RolloutOptions(OptionGroup):
     """Function `(args, sample, *, rollout_id, evaluation)` called for each sample before its reward. Repeatable."""
     rollout_data_postprocess_path: str | None = None
     """Function `(args, rollout_id, rollout_data) -> None` called on the training data of a rollout."""
-    rollout_engine: Literal["embedded", "scripted"] = "embedded"
-    """Who samples: our engine on the trainer's own parameters, or a scripted function (for debugging and tests)."""
+    custom_config_path: str | None = None
+    """YAML file with values of your own, which hooks read as `args.NAME`. Names of options are refused."""
+    rollout_engine: Literal["embedded"] = "embedded"
+    """Who samples: our engine, on the trainer's own parameters. SGLang's servers come later."""
     rollout_block_size: Count = 16
     """Tokens per block of the embedded engine's KV cache."""
     rollout_max_running_requests: Count = 256
@@ -157,7 +157,7 @@ class EvalOptions(OptionGroup):
     """Evaluation on held-out prompts. What is not set here falls back to the rollout's option."""
 
     eval_interval: Count | None = None
-    """Rollouts between evaluations. Without it, training does not evaluate."""
+    """Rollouts between evaluations. Without it, the data sets are evaluated before the first and after the last one."""
     eval_prompt_data: tuple[str, ...] = ()
     """Data sets as pairs of name and path: `aime /data/aime-2024.jsonl math /data/math.jsonl@[0:500]`."""
     eval_config: str | None = None
@@ -165,7 +165,7 @@ class EvalOptions(OptionGroup):
     skip_eval_before_train: bool = False
     """Do not evaluate before the first step."""
     n_samples_per_eval_prompt: Count = 1
-    """Samples per evaluation prompt; above 1, pass@k is reported."""
+    """Samples per evaluation prompt. Above 1, log_passrate reports pass@k."""
     eval_temperature: NonNegative | None = None
     """Sampling temperature; 0 takes the likeliest token. Default: rollout_temperature."""
     eval_top_p: Fraction | None = None

@@ -23,8 +23,6 @@ class AlgorithmOptions(OptionGroup):
     """The importance ratio is clipped above at 1 + eps_clip_high. Default: eps_clip."""
     eps_clip_c: float | None = Field(default=None, gt=1)
     """Dual clip: where the advantage is negative, the loss is at most eps_clip_c times its size."""
-    kl_coef: NonNegative = 0.0
-    """KL in the reward. Must be 0 with grpo and gspo, where it has no effect; use kl_loss_coef."""
     use_kl_loss: bool = False
     """Add the KL to the reference model to the loss."""
     kl_loss_coef: NonNegative = 0.0
@@ -61,8 +59,6 @@ class AlgorithmOptions(OptionGroup):
     """Upper bound of that weight."""
     tis_clip_low: NonNegative = 0.0
     """Lower bound of that weight."""
-    custom_tis_function_path: str | None = None
-    """Function in place of the truncated importance weight."""
     use_routing_replay: bool = False
     """Route the training forward through the experts chosen when the old log-probs were computed (R2)."""
     use_rollout_routing_replay: bool = False
@@ -72,13 +68,6 @@ class AlgorithmOptions(OptionGroup):
 
     @model_validator(mode="after")
     def _kl_must_have_an_effect(self) -> AlgorithmOptions:
-        if self.kl_coef:
-            raise OptionError(
-                "--kl-coef",
-                self.kl_coef,
-                f"a KL in the reward does nothing with {self.advantage_estimator}, in slime either.",
-                "Use --use-kl-loss and --kl-loss-coef.",
-            )
         needs = {
             "--kl-loss-coef": self.kl_loss_coef,
             "--use-unbiased-kl": self.use_unbiased_kl,
@@ -144,7 +133,7 @@ class OptimizerOptions(OptionGroup):
     clip_grad: NonNegative = 1.0
     """Largest norm of the gradient; 0 does not clip."""
     seed: int = 1234
-    """Seed of everything that is random in the trainer."""
+    """Seed of the generators of Python, NumPy and PyTorch, for hooks that draw from them. Sampling has rollout_seed."""
 
     @model_validator(mode="after")
     def _schedule_must_be_consistent(self) -> OptimizerOptions:
@@ -180,14 +169,8 @@ class BatchingOptions(OptionGroup):
     """Tokens of a packed micro-batch in passes without gradient. Default: max_tokens_per_gpu."""
     log_probs_chunk_size: Annotated[int, Field(ge=-1)] = -1
     """Tokens per chunk of the fused log-probs; -1 chooses."""
-    balance_data: bool = False
-    """Spread tokens evenly over data-parallel ranks."""
     recompute_granularity: Literal["full", "selective"] | None = None
-    """Recompute activations in backward to save memory: whole layers (full), or the parts worth it."""
-    recompute_method: Literal["uniform", "block"] | None = None
-    """Which layers are recomputed when the granularity is full."""
-    recompute_num_layers: Count | None = None
-    """Layers per recomputed chunk (uniform), or number of recomputed layers (block)."""
+    """Recompute every layer in backward to save memory (full). selective is accepted and recomputes nothing."""
 
     @model_validator(mode="after")
     def _dynamic_batches_need_a_size(self) -> BatchingOptions:

@@ -89,16 +89,21 @@ def _varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_l
 
 
 def paged_attention(
-    q_BQNH: Tensor, k_cache: Tensor, v_cache: Tensor, slots_BL: Tensor, is_visible_BQL: Tensor
+    q_BQNH: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, is_visible_BQL: Tensor
 ) -> Tensor:
     """Attention of Q new tokens per sequence over its cached keys and values.
 
-    Shapes: caches are [K, slots, H]; `slots_BL` holds each sequence's cache slots in order, padded with any valid slot;
-    `is_visible_BQL` says which of them a query may see (at least one). Result [B, Q, N, H].
+    Shapes: caches are [K, blocks, block size, H]; `block_tables` [B, blocks per sequence] holds each sequence's blocks
+    in order, padded with any valid block; `is_visible_BQL` says which of their L = blocks x block size slots a query
+    may see (at least one). Result [B, Q, N, H].
     """
-    (batch, length), width = slots_BL.shape, q_BQNH.shape[1]
-    num_keys, head_dim = k_cache.shape[0], k_cache.shape[2]
-    k, v = (cache.index_select(1, slots_BL.flatten()).view(-1, length, head_dim) for cache in (k_cache, v_cache))
+    batch, width = q_BQNH.shape[:2]
+    num_keys, _, block_size, head_dim = k_cache.shape
+    length = block_tables.shape[1] * block_size
+    k, v = (
+        cache.flatten(2).index_select(1, block_tables.flatten()).view(-1, length, head_dim)
+        for cache in (k_cache, v_cache)
+    )
     q_BQKGH = q_BQNH.unflatten(2, (num_keys, -1))
     groups = q_BQKGH.shape[3]
     q = q_BQKGH.permute(2, 0, 3, 1, 4).reshape(num_keys * batch, groups * width, head_dim)

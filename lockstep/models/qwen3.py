@@ -20,7 +20,6 @@ from lockstep.models.layers.rotary import rotary_tables
 
 _IRRELEVANT = {
     "architectures": "the model type decides",
-    "attention_dropout": "must be 0, checked",
     "bos_token_id": "the tokenizer's matter",
     "dtype": "--params-dtype decides",
     "eos_token_id": "read by the sampler's stop set",
@@ -46,6 +45,13 @@ _IRRELEVANT = {
 }
 """HF config fields that cannot change what the model computes here, each with the reason."""
 
+_CHECKED = ("attention_dropout", "hidden_act", "layer_types", "rope_parameters", "rope_scaling", "use_sliding_window")
+"""HF config fields of which one value is computed and every other one refused."""
+_DENSE = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+_SPARSE = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
+"""Fields without which no model is described; HF's defaults for them are of one size only."""
+_ONLY_SPARSE = (*_SPARSE, "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers")
+
 
 @dataclass(frozen=True)
 class Qwen3Config:
@@ -59,7 +65,7 @@ class Qwen3Config:
     head_dim: int
     intermediate_size: int
     rms_norm_eps: float = 1e-6
-    rope_theta: float = 1e6
+    rope_theta: float = 1e4
     max_position_embeddings: int = 32768
     tie_word_embeddings: bool = False
     attention_bias: bool = False
@@ -87,34 +93,33 @@ class Qwen3Config:
                 "Give --hf-checkpoint a folder of one of these families.",
             )
         _refuse_what_is_not_computed(hf)
-        rope = hf.pop("rope_parameters", None) or {}
-        hf.pop("rope_scaling", None)
-        hf.setdefault("rope_theta", rope.get("rope_theta", 1e6))
-        hf.setdefault("num_key_value_heads", hf.get("num_attention_heads"))
+        rope = _rope(hf)
+        if "rope_theta" in rope:
+            hf["rope_theta"] = rope["rope_theta"]
         if "num_local_experts" in hf:
             hf["num_experts"] = hf.pop("num_local_experts")
-        hf["mlp_only_layers"] = tuple(hf.get("mlp_only_layers") or ())
-        for checked in ("hidden_act", "use_sliding_window", "layer_types", *_IRRELEVANT):
+        if "mlp_only_layers" in hf:
+            hf["mlp_only_layers"] = tuple(hf["mlp_only_layers"] or ())
+        for checked in (*_CHECKED, *_IRRELEVANT):
             hf.pop(checked, None)
-        known = cls.__dataclass_fields__
-        unknown = sorted(set(hf) - set(known))
-        if unknown:
+        is_dense = model_type == "qwen3"
+        known = set(cls.__dataclass_fields__) - (set(_ONLY_SPARSE) if is_dense else set())
+        for name in sorted(set(hf) - known):
             raise ModelError(
-                f"config.json {unknown[0]}",
-                hf[unknown[0]],
-                "this model definition does not know the field, so it might compute something else.",
+                f"config.json {name}",
+                hf[name],
+                f"the definition of {model_type} does not know the field, so it might compute something else.",
                 "Remove it if it is only a note.",
             )
-        required = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim"]
-        if model_type == "qwen3_moe":
-            required += ["num_experts", "num_experts_per_tok", "moe_intermediate_size"]
-        hf.setdefault("intermediate_size", 0 if model_type == "qwen3_moe" else None)
-        missing = [name for name in [*required, "intermediate_size"] if hf.get(name) is None]
-        if missing:
-            raise ModelError(
-                f"config.json {missing[0]}", None, "the field is missing.", "Use the model's complete config.json."
-            )
-        return cls(**hf)
+        if not is_dense and hf.get("num_attention_heads"):
+            hf.setdefault("head_dim", hf.get("hidden_size", 0) // hf["num_attention_heads"])
+        for name in (*_DENSE, "intermediate_size") if is_dense else (*_DENSE, *_SPARSE):
+            if hf.get(name) is None:
+                raise ModelError(f"config.json {name}", None, "the field is missing.", "Use the complete config.json.")
+        hf.setdefault("intermediate_size", 0)
+        config = cls(**hf)
+        _require_consistency(config)
+        return config
 
     def is_sparse(self, layer_index: int) -> bool:
         """Whether this layer's feed-forward part is a mixture of experts."""
@@ -129,8 +134,13 @@ class Qwen3Config:
         return sum(self.is_sparse(layer) for layer in range(self.num_hidden_layers))
 
 
+def _rope(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of the rotary embedding; transformers renamed `rope_scaling` to `rope_parameters`."""
+    return {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
+
+
 def _refuse_what_is_not_computed(hf: Mapping[str, Any]) -> None:
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    rope = _rope(hf)
     checks = {
         "hidden_act": (hf.get("hidden_act", "silu"), "silu", "only SwiGLU layers are computed."),
         "use_sliding_window": (hf.get("use_sliding_window", False), False, "sliding windows are not computed."),
@@ -140,6 +150,13 @@ def _refuse_what_is_not_computed(hf: Mapping[str, Any]) -> None:
     for name, (value, wanted, reason) in checks.items():
         if value != wanted:
             raise ModelError(f"config.json {name}", value, reason, f"Use a checkpoint with {name} = {wanted!r}.")
+    for name in sorted(set(rope) - {"rope_theta", "rope_type", "type"}):
+        raise ModelError(
+            f"config.json rope_parameters {name}",
+            rope[name],
+            "rotary embeddings are computed from rope_theta alone.",
+            "Use a checkpoint without it.",
+        )
     if any(kind != "full_attention" for kind in hf.get("layer_types") or ()):
         raise ModelError(
             "config.json layer_types",
@@ -147,6 +164,23 @@ def _refuse_what_is_not_computed(hf: Mapping[str, Any]) -> None:
             "only full attention is computed.",
             "Use a checkpoint without sliding windows.",
         )
+
+
+def _require_consistency(config: Qwen3Config) -> None:
+    checks = {
+        "num_key_value_heads": (
+            config.num_attention_heads % config.num_key_value_heads == 0,
+            f"it does not divide the {config.num_attention_heads} attention heads.",
+        ),
+        "num_experts_per_tok": (
+            config.num_experts_per_tok <= config.num_experts,
+            f"there are only {config.num_experts} experts.",
+        ),
+        "head_dim": (config.head_dim % 2 == 0, "rotary embeddings turn pairs of numbers."),
+    }
+    for name, (is_consistent, reason) in checks.items():
+        if not is_consistent:
+            raise ModelError(f"config.json {name}", getattr(config, name), reason, "Use the model's own config.json.")
 
 
 class Block(nn.Module):

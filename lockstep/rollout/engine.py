@@ -83,8 +83,12 @@ class RolloutEngine(Protocol):
         """Sample one response. Equal `stream` keys draw equal random numbers, whatever runs beside them."""
         ...
 
+    async def drain(self) -> None:
+        """Return when nothing is being computed any more: cancelled requests have left too."""
+        ...
+
     def set_version(self, version: int) -> None:
-        """The weights have changed: drop every cache computed with the old ones."""
+        """These weights sample from now on: forget everything cached before. Nothing may be under way."""
         ...
 
     def close(self) -> None: ...

@@ -27,6 +27,8 @@ class ScriptedEngine:
             weight_versions=[str(self.version)] * len(kept),
         )
 
+    async def drain(self) -> None: ...
+
     def set_version(self, version: int) -> None:
         self.version = version
 

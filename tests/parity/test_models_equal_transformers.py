@@ -81,6 +81,13 @@ def test_a_document_does_not_see_its_neighbours_in_the_pack(family: str) -> None
     assert relative_error(packed_logits(ours, others)[rows], packed_logits(ours, documents)[rows]) <= TOLERANCE
 
 
+def test_a_sparse_config_without_head_dim_divides_the_width_as_transformers_does() -> None:
+    config = moe_config(0, hidden_size=48, num_attention_heads=4)
+    del config.head_dim
+    theirs, documents = hf_model(config), random_documents(LENGTHS)
+    assert relative_error(packed_logits(twin_of(theirs), documents), hf_logits(theirs, documents)) <= TOLERANCE
+
+
 @pytest.mark.parametrize("family", ["dense", "moe"])
 def test_bf16_is_at_most_twice_as_far_from_fp32_as_transformers_bf16(family: str) -> None:
     """Mean over all logits of the distance to the fp32 reference; ours may be at most twice theirs."""

@@ -15,7 +15,9 @@ def rotary_tables(positions_T: Tensor, head_dim: int, theta: float, dtype: torch
     Source: RoFormer, arXiv:2104.09864, with the two halves of a head rotated against each other.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions_T.device) / head_dim
-    angles = positions_T.float()[:, None] * theta**-exponents
+    # HF's own order of operations: far from the start, a frequency rounded otherwise is another angle.
+    frequencies = 1.0 / theta**exponents
+    angles = positions_T.float()[:, None] * frequencies
     angles = torch.cat((angles, angles), dim=-1)[:, None, :]
     return angles.cos().to(dtype), angles.sin().to(dtype)
 

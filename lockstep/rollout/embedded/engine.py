@@ -64,7 +64,11 @@ class EmbeddedEngine:
         self._inbox.append(sequence)
         if self._driver is None or self._driver.done():
             self._driver = asyncio.create_task(self._drive())
-        return await sequence.future
+        try:
+            return await sequence.future
+        except asyncio.CancelledError:
+            sequence.finish_reason = "abort"
+            raise
 
     def sequence(self, input_ids: Tokens[int], params: SamplingParams, stream: tuple[int, ...]) -> Sequence:
         return Sequence(list(input_ids), params, stream, stream_key(self.seed, *stream))
@@ -93,6 +97,10 @@ class EmbeddedEngine:
         """End every request with what it has; call between steps, or from the event loop while a step runs."""
         for sequence in [*self._inbox, *self.scheduler.running, *self.scheduler.waiting]:
             sequence.finish_reason = "abort"
+
+    async def drain(self) -> None:
+        while self._driver is not None and not self._driver.done():
+            await asyncio.wait([self._driver])
 
     def set_version(self, version: int) -> None:
         assert not self.has_work, "weights must not change under running sequences"

@@ -26,13 +26,12 @@ class ModelRunner:
         weight = model.lm_head.weight
         self.model = model
         self.block_size = block_size
-        num_slots = num_blocks * block_size
-        shape = (config.num_hidden_layers, 2, config.num_key_value_heads, num_slots, config.head_dim)
+        shape = (config.num_hidden_layers, 2, config.num_key_value_heads, num_blocks, block_size, config.head_dim)
         self.kv_cache = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
         self.routed_experts: Tensor | None = None
         if config.num_sparse_layers:
             self.routed_experts = torch.zeros(
-                (num_slots, config.num_sparse_layers, config.num_experts_per_tok),
+                (num_blocks * block_size, config.num_sparse_layers, config.num_experts_per_tok),
                 dtype=torch.int16,
                 device=weight.device,
             )
@@ -98,8 +97,6 @@ class _Batch:
         tables = np.zeros((len(sequences), max(len(s.block_table) for s in sequences)), dtype=np.int64)
         for row, sequence in enumerate(sequences):
             tables[row, : len(sequence.block_table)] = sequence.block_table
-        slots_BL = (tables[:, :, None] * block_size + np.arange(block_size)).reshape(len(sequences), -1)
-        slots_BL = slots_BL[:, : ends.max()]
         if max(self.new_lengths) == 1:
             input_ids = [s.tokens[-1] for s in sequences]
             positions, rows = starts, np.arange(len(sequences))
@@ -109,7 +106,8 @@ class _Batch:
             rows = np.repeat(np.arange(len(sequences)), self.new_lengths)
         self.input_ids = torch.tensor(input_ids).to(device)
         self.positions = torch.from_numpy(positions).to(device)
-        self.new_slots = torch.from_numpy(slots_BL[rows, positions]).to(device)
+        new_slots = tables[rows, positions // block_size] * block_size + positions % block_size
+        self.new_slots = torch.from_numpy(new_slots).to(device)
         self.last_rows = torch.from_numpy(np.cumsum(self.new_lengths) - 1).to(device)
         self.packed = None if self.has_context else PackedAttention(self.new_lengths, device)
         if self.has_context:
@@ -118,8 +116,8 @@ class _Batch:
             self.padded_rows = torch.from_numpy(rows * width + columns).to(device)
             positions_BQ = np.zeros((len(sequences), width), dtype=np.int64)
             positions_BQ[rows, columns] = positions
-            self.slots_BL = torch.from_numpy(slots_BL).to(device)
-            visible = np.arange(slots_BL.shape[1]) <= positions_BQ[:, :, None]
+            self.block_tables = torch.from_numpy(tables).to(device)
+            visible = np.arange(tables.shape[1] * block_size) <= positions_BQ[:, :, None]
             self.is_visible_BQL = torch.from_numpy(visible).to(device)
 
 
@@ -136,14 +134,16 @@ class _PagedAttend:
     def __call__(self, layer_index: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
         batch = self.batch
         k_cache, v_cache = self.kv_cache[layer_index]
-        k_cache.index_copy_(1, batch.new_slots, k_TKH.transpose(0, 1))
-        v_cache.index_copy_(1, batch.new_slots, v_TKH.transpose(0, 1))
+        k_cache.flatten(1, 2).index_copy_(1, batch.new_slots, k_TKH.transpose(0, 1))
+        v_cache.flatten(1, 2).index_copy_(1, batch.new_slots, v_TKH.transpose(0, 1))
         if batch.packed is not None:
             return batch.packed(layer_index, q_TNH, k_TKH, v_TKH)
         count, width = batch.is_visible_BQL.shape[:2]
+        if width == 1:
+            return paged_attention(q_TNH[:, None], k_cache, v_cache, batch.block_tables, batch.is_visible_BQL)[:, 0]
         q_BQNH = q_TNH.new_zeros(count * width, *q_TNH.shape[1:]).index_copy_(0, batch.padded_rows, q_TNH)
         out = paged_attention(
-            q_BQNH.unflatten(0, (count, width)), k_cache, v_cache, batch.slots_BL, batch.is_visible_BQL
+            q_BQNH.unflatten(0, (count, width)), k_cache, v_cache, batch.block_tables, batch.is_visible_BQL
         )
         return out.flatten(0, 1)[batch.padded_rows]
 

@@ -102,7 +102,7 @@ same      --advantage-estimator grpo
 same      --use-kl-loss
 same      --kl-loss-coef 0.00
 same      --kl-loss-type low_var_kl
-same      --kl-coef 0.00
+accepted  --kl-coef 0.00
 same      --eps-clip 0.2
 same      --eps-clip-high 0.28
 sglang    --sglang-mem-fraction-static 0.7
@@ -152,7 +152,7 @@ same      --max-tokens-per-gpu 8192
 same      --advantage-estimator gspo
 same      --kl-loss-coef 0.00
 same      --kl-loss-type low_var_kl
-same      --kl-coef 0.00
+accepted  --kl-coef 0.00
 same      --eps-clip 4e-4
 sglang    --sglang-mem-fraction-static 0.8
 sglang    --sglang-ep-size 8
