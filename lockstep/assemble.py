@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
+import json
+import random
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 
@@ -16,10 +18,11 @@ from lockstep.algorithms import AdvantageEstimator, loss_from_options, make_adva
 from lockstep.checkpoint.hf import load_hf_model, read_hf_config
 from lockstep.checkpoint.training import find_checkpoint
 from lockstep.config import Config
-from lockstep.config.hooks import load_function
+from lockstep.config.hooks import load_function, our_path
 from lockstep.config.model_flags import check_model_flags
 from lockstep.data import load_tokenizer
 from lockstep.data.chat import SftTokenizer
+from lockstep.data.choose_source import DataSource, make_data_source
 from lockstep.errors import ModelError, OptionError
 from lockstep.models import Qwen3, Qwen3Config
 from lockstep.rewards import RewardPool
@@ -30,7 +33,6 @@ from lockstep.rollout.hooks import RolloutHooks
 from lockstep.rollout.policy import Policy
 from lockstep.rollout.sft import SftRollout
 from lockstep.run import Run, resume_run
-from lockstep.tracking import make_trackers
 from lockstep.trainer.local import LocalTrainer
 
 _DEFAULT_ROLLOUT = "lockstep.rollout.generate.generate_rollout"
@@ -60,6 +62,7 @@ def assemble(config: Config, stack: AsyncExitStack, on_sample: Callable[[int], N
     """
     if config.cluster.num_threads:
         torch.set_num_threads(config.cluster.num_threads)
+    _seed_generators(config.optimizer.seed)
     device = pick_device(config)
     hf_folder = Path(config.model.hf_checkpoint)
     hf_config = read_hf_config(hf_folder)
@@ -69,12 +72,12 @@ def assemble(config: Config, stack: AsyncExitStack, on_sample: Callable[[int], N
     _check_tokenizer(tokenizer, model_config)
     args = config.args()
     is_sft = config.algorithm.loss_type == "sft_loss"
-    data_source = load_function(config.data.data_source_path, "--data-source-path").from_config(config, tokenizer)
+    data_source = make_data_source(config, tokenizer)
     num_rollout = _num_rollout(config, data_source)
     max_context_len = _max_context_len(config, model_config)
     eval_sets = load_eval_sets(config, tokenizer, max_context_len)
     hooks = RolloutHooks.from_config(config)
-    samples_something = not config.debug.trains_on_stored_rollouts and (not is_sft or bool(eval_sets))
+    samples_something = not config.debug.samples_nothing and (not is_sft or bool(eval_sets))
 
     dtype = getattr(torch, config.model.params_dtype)
     model = load_hf_model(hf_folder, dtype=dtype, device=device)
@@ -114,15 +117,10 @@ def assemble(config: Config, stack: AsyncExitStack, on_sample: Callable[[int], N
             on_sample=lambda: on_sample(1),
         )
     rollout_function = load_function(config.rollout.rollout_function_path, "--rollout-function-path")
-    if is_sft and config.rollout.rollout_function_path == _DEFAULT_ROLLOUT:
+    if is_sft and our_path(config.rollout.rollout_function_path) == _DEFAULT_ROLLOUT:
         rollout_function = SftRollout(SftTokenizer(tokenizer))
-    eval_path = config.eval.eval_function_path or _DEFAULT_ROLLOUT
-    run_dir = Path(config.logging.run_dir)
+    eval_path = config.eval.eval_function_path or config.rollout.rollout_function_path
     checkpoint = find_checkpoint(Path(config.checkpoint.load)) if config.checkpoint.load else None
-    if checkpoint is None and not config.checkpoint.load:
-        _set_earlier_run_aside(run_dir)
-    trackers = make_trackers(config.logging, run_dir, config.model_dump(mode="json"))
-    stack.callback(trackers.close)
     run = Run(
         config=config,
         args=args,
@@ -138,13 +136,19 @@ def assemble(config: Config, stack: AsyncExitStack, on_sample: Callable[[int], N
             config.reward.custom_reward_post_process_path, "--custom-reward-post-process-path"
         ),
         data_postprocess=_optional(config.rollout.rollout_data_postprocess_path, "--rollout-data-postprocess-path"),
-        trackers=trackers,
-        run_dir=run_dir,
+        run_dir=Path(config.logging.run_dir),
         num_rollout=num_rollout,
         next_rollout_id=config.rollout.start_rollout_id or 0,
     )
     resume_run(run, checkpoint)
     return run
+
+
+def _seed_generators(seed: int) -> None:
+    """Start the global generators, which hooks may draw from, at the same place in every run."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 
 def _optional(path: str | None, option: str) -> Callable[..., Any] | None:
@@ -174,12 +178,12 @@ def _routing(config: Config) -> Any:
     return "old" if config.algorithm.use_routing_replay else "own"
 
 
-def _num_rollout(config: Config, data_source: Any) -> int:
-    if config.rollout.num_rollout is not None:
-        return config.rollout.num_rollout
-    assert config.rollout.num_epoch is not None, "the options require one of the two"
-    num_rollout: int = data_source.num_rollout(config.rollout.num_epoch, config.rollout.rollout_batch_size)
-    return num_rollout
+def _num_rollout(config: Config, data_source: DataSource) -> int:
+    """Rollouts of the whole run; 0 when neither option says it, which only evaluation allows."""
+    options = config.rollout
+    if options.num_rollout is not None or options.num_epoch is None:
+        return options.num_rollout or 0
+    return data_source.num_rollout(options.num_epoch, options.rollout_batch_size)
 
 
 def _max_context_len(config: Config, model: Qwen3Config) -> int:
@@ -205,8 +209,6 @@ def _sampling_params(config: Config) -> dict[str, Any]:
 
 def _stop_token_ids(folder: Path, hf_config: dict[str, Any], tokenizer: Any) -> tuple[int, ...]:
     """The ends of sequence of generation_config.json, config.json and the tokenizer."""
-    import json
-
     generation = folder / "generation_config.json"
     found: set[int] = set()
     for source in (json.loads(generation.read_text()) if generation.is_file() else {}, hf_config):
@@ -258,17 +260,3 @@ def _check_tokenizer(tokenizer: Any, model: Qwen3Config) -> None:
             f"its largest token id lies outside the model's vocabulary of {model.vocab_size}.",
             "Use the tokenizer that belongs to the model.",
         )
-
-
-def _set_earlier_run_aside(run_dir: Path) -> None:
-    """Move what an earlier run left in the folder into `earlier-N`, so that nothing is lost or mixed."""
-    if not (run_dir / "metrics.jsonl").exists():
-        return
-    number = 1
-    while (run_dir / f"earlier-{number}").exists():
-        number += 1
-    aside = run_dir / f"earlier-{number}"
-    aside.mkdir()
-    for name in ("metrics.jsonl", "config.toml", "report.html", "samples", "tensorboard"):
-        if (run_dir / name).exists():
-            shutil.move(run_dir / name, aside / name)

@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from lockstep.assemble import assemble
 from lockstep.config import Config
+from lockstep.errors import writing
 from lockstep.observer import Clock, Observer
 from lockstep.parity import measure_parity, require_parity
 from lockstep.report import write_report
 from lockstep.rollout.debug_data import load_rollout, save_rollout
-from lockstep.run import Run, save_run
+from lockstep.run import Run, open_records, require_writable, save_run
 from lockstep.stopping import GracefulStop, Interrupted
 from lockstep.tracking.progress import RunProgress
 from lockstep.trainer.engine import LogProbs
@@ -27,40 +30,68 @@ STOPPED = 130
 
 def train(config: Config) -> int:
     """Run `lockstep train`; returns the exit code."""
-    return asyncio.run(_with_run(config, _train))
+    require_writable("--run-dir", Path(config.logging.run_dir))
+    if config.checkpoint.save is not None:
+        require_writable("--save", Path(config.checkpoint.save))
+    code = asyncio.run(_with_run(config, _train))
+    run_dir = Path(config.logging.run_dir)
+    if (run_dir / "metrics.jsonl").stat().st_size:
+        with writing(run_dir):
+            write_report(run_dir)
+    return code
 
 
 def evaluate(config: Config) -> int:
-    """Run `lockstep eval`: every held-out set once, under the loaded weights."""
+    """Run `lockstep eval`: every held-out set once, under the loaded weights. Writes nothing."""
     return asyncio.run(_with_run(config, _evaluate_only))
 
 
 async def _train(run: Run, observer: Observer, stop: GracefulStop) -> int:
     options = run.config
-    if run.next_rollout_id == 0 and run.eval_function is not None and not options.eval.skip_eval_before_train:
+    for folder in open_records(run):
+        observer.note(f"what an earlier run left was moved to {folder}")
+    if run.unlogged is not None:
+        await finish_step(run, observer, stop, run.unlogged)
+    elif run.next_rollout_id == 0 and run.eval_function is not None and not options.eval.skip_eval_before_train:
         observer.log(-1, await stop.abandonable(run_eval(run, observer, -1)))
+    if run.next_rollout_id >= run.num_rollout:
+        observer.note(f"nothing is left to do: {run.next_rollout_id} of {run.num_rollout} rollouts are done")
     for rollout_id in range(run.next_rollout_id, run.num_rollout):
         border = run.state()
         try:
             groups, metrics = await stop.abandonable(run_rollout(run, observer, rollout_id))
-        except Interrupted:
-            save(run, observer, border)
-            return STOPPED
-        if not options.debug.debug_rollout_only:
-            metrics |= train_on(run, observer, rollout_id, groups)
+            if not options.debug.debug_rollout_only:
+                metrics |= train_on(run, observer, rollout_id, groups)
+        except Exception:
+            if run.trainer.version == border["trainer"]["version"]:
+                save(run, observer, border)
+            raise
         run.next_rollout_id = rollout_id + 1
-        is_last = run.next_rollout_id == run.num_rollout
-        if is_due(rollout_id, options.eval.eval_interval, is_last) and not stop.requested:
-            try:
-                metrics |= await stop.abandonable(run_eval(run, observer, rollout_id))
-            except Interrupted:
-                observer.note("the evaluation was abandoned")
-        observer.log(rollout_id, metrics)
-        if is_due(rollout_id, options.checkpoint.save_interval, is_last) or stop.requested:
-            save(run, observer, run.state())
-        if stop.requested and not is_last:
-            return STOPPED
+        await finish_step(run, observer, stop, metrics)
     return 0
+
+
+async def finish_step(run: Run, observer: Observer, stop: GracefulStop, metrics: dict[str, float]) -> None:
+    """Evaluate, log and save, where it is time, after the step before `run.next_rollout_id`.
+
+    Raises:
+        Interrupted: the user asked to stop; the checkpoint is written.
+    """
+    options, rollout_id = run.config, run.next_rollout_id - 1
+    is_last = run.next_rollout_id == run.num_rollout
+    if run.eval_function is not None and is_due(rollout_id, options.eval.eval_interval, is_last):
+        run.unlogged = metrics
+        try:
+            metrics = metrics | await stop.abandonable(run_eval(run, observer, rollout_id))
+        except Exception:
+            save(run, observer, run.state())
+            raise
+        run.unlogged = None
+    observer.log(rollout_id, metrics)
+    if is_due(rollout_id, options.checkpoint.save_interval, is_last) or stop.requested:
+        save(run, observer, run.state())
+    if stop.requested and not is_last:
+        raise Interrupted
 
 
 async def run_rollout(run: Run, observer: Observer, rollout_id: int) -> tuple[list[Group], dict[str, float]]:
@@ -72,7 +103,7 @@ async def run_rollout(run: Run, observer: Observer, rollout_id: int) -> tuple[li
         )
         return groups, observer.rollout(rollout_id, groups, {})
     with observer.clock.phase("rollout", run.config.rollout.samples_per_rollout, "perf/rollout_time"):
-        output = await observer.call(run.rollout_function, run.args, rollout_id, run.data_source)
+        output = await call_rollout(run, observer, run.rollout_function, rollout_id)
     if not isinstance(output, RolloutFnTrainOutput):
         output = RolloutFnTrainOutput(output)
     if debug.save_debug_rollout_data is not None:
@@ -92,9 +123,7 @@ def train_on(run: Run, observer: Observer, rollout_id: int, groups: list[Group])
     if run.data_postprocess is not None:
         run.data_postprocess(run.args, rollout_id, data)
     if run.config.debug.save_debug_train_data is not None:
-        torch.save(
-            [vars(s) for s in data.train_samples], run.config.debug.save_debug_train_data.format(rollout_id=rollout_id)
-        )
+        save_train_data(run.config.debug.save_debug_train_data, rollout_id, data)
     version = run.trainer.version
     before = prepare_log_probs(run, observer, data)
     with observer.clock.phase("train", len(data.samples), "perf/actor_train_time"):
@@ -109,8 +138,6 @@ def train_on(run: Run, observer: Observer, rollout_id: int, groups: list[Group])
     update_interval = run.config.algorithm.ref_update_interval
     if update_interval is not None and (rollout_id + 1) % update_interval == 0:
         run.trainer.update_reference()
-    if run.engine is not None:
-        run.engine.set_version(run.trainer.version)
     return metrics
 
 
@@ -143,10 +170,26 @@ async def run_eval(run: Run, observer: Observer, rollout_id: int) -> dict[str, f
         return {}
     total = sum(len(eval_set.samples) for eval_set in run.context.eval_sets)
     with observer.clock.phase("eval", total, "perf/eval_time"):
-        output = await observer.call(run.eval_function, run.args, rollout_id, run.data_source, evaluation=True)
+        output = await call_rollout(run, observer, run.eval_function, rollout_id, evaluation=True)
     if not isinstance(output, RolloutFnEvalOutput):
         output = RolloutFnEvalOutput(output)
     return observer.evaluation(rollout_id, output)
+
+
+async def call_rollout(
+    run: Run, observer: Observer, function: Callable[..., Any], rollout_id: int, **named: bool
+) -> Any:
+    """Call a rollout or evaluation function on an engine that has the newest weights and no cache.
+
+    It always starts so, whatever ran before it in this process: a resumed run samples the same.
+    """
+    if run.engine is not None:
+        run.engine.set_version(run.trainer.version)
+    try:
+        return await observer.call(function, run.args, rollout_id, run.data_source, **named)
+    finally:
+        if run.engine is not None:
+            await run.engine.drain()
 
 
 def save(run: Run, observer: Observer, state: dict[str, object]) -> None:
@@ -155,6 +198,13 @@ def save(run: Run, observer: Observer, state: dict[str, object]) -> None:
         folder = save_run(run, state)
     if folder is not None:
         observer.note(f"saved {folder}")
+
+
+def save_train_data(template: str, rollout_id: int, data: TrainingData) -> None:
+    """Write what training gets, one dict a sample, with torch.save to the path with its `{rollout_id}` filled in."""
+    path = Path(template.format(rollout_id=rollout_id))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save([vars(sample) for sample in data.train_samples], path)
 
 
 def is_due(rollout_id: int, interval: int | None, is_last: bool) -> bool:
@@ -180,11 +230,8 @@ async def _with_run(config: Config, work: Callable[[Run, Observer, GracefulStop]
             await stack.enter_async_context(run.context.rewards)
         stack.enter_context(progress)
         stop = stack.enter_context(GracefulStop(progress.message))
-        (run.run_dir / "config.toml").write_text(config.to_toml())
+        stack.callback(lambda: run.trackers.close())
         try:
-            code = await work(run, Observer(run, clock), stop)
+            return await work(run, Observer(run, clock), stop)
         except Interrupted:
-            code = STOPPED
-    if work is _train:
-        write_report(run.run_dir)
-    return code
+            return STOPPED

@@ -6,6 +6,7 @@ or one free part (`{reason}`). `docs/metrics.md` is this module printed: `python
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
 import zlib
@@ -129,6 +130,17 @@ ROLLOUT = (
         "groups",
         "Groups that the dynamic sampling filter dropped for this reason.",
     ),
+    Metric("rollout/correct_response_lengths", "tokens", "Mean response length of samples with reward 1."),
+    Metric(
+        "rollout/correct_length/{p25,p50,p75,p100}",
+        "fraction",
+        "Of these samples, those whose length lies in this quarter of `--rollout-max-response-len` (p100: or above).",
+    ),
+    Metric(
+        "rollout/correct_entropy",
+        "nat",
+        "Minus their log-prob by the trainer before the update; mean of each sample's mean.",
+    ),
     _ours("rollout/samples", "samples", "Samples handed to training."),
     _ours("rollout/response_tokens", "tokens", "Response tokens of all these samples."),
     _ours("rollout/reward_timeout", "samples", "Rewards that missed `--reward-timeout`.", "down"),
@@ -230,7 +242,31 @@ EVAL = (
     Metric("passrate/pass@{k}", "fraction", "`eval/{name}-pass@{k}`, on the training prompts of this rollout.", "up"),
 )
 
-METRICS = TRAIN + ROLLOUT + PERF + EVAL
+MULTI_TURN = (
+    Metric(
+        "multi_turn/raw_response_length/response_length_{mean,max,min}",
+        "tokens",
+        "Response tokens per sample, those of tools included.",
+    ),
+    Metric(
+        "multi_turn/raw_response_length/response_length_clip_ratio",
+        "fraction",
+        "Samples with at least `--rollout-max-response-len` such tokens.",
+        "down",
+    ),
+    Metric(
+        "multi_turn/wo_obs_response_length/response_length_{mean,max,min}",
+        "tokens",
+        "Response tokens per sample that the loss sees: those of tools left out.",
+    ),
+    Metric(
+        "multi_turn/multi_turn_metric/round_number_{mean,max,min}",
+        "rounds",
+        "`metadata['round_number']`, which a generate function sets.",
+    ),
+)
+
+METRICS = TRAIN + ROLLOUT + PERF + EVAL + MULTI_TURN
 
 
 @cache
@@ -353,10 +389,11 @@ def _mean_nucleus(samples: Sequence[Sample]) -> dict[str, float]:
 
 
 def rollout_metrics(groups: Sequence[Group], args: Any) -> dict[str, float]:
-    """The `rollout/` metrics that follow from finished samples alone (and `passrate/` under `--log-passrate`).
+    """The `rollout/` metrics that follow from finished samples alone (also `passrate/` and `multi_turn/`, when asked for).
 
     Args:
-        args: `config.args()`; read are reward_key, advantage_estimator, log_passrate and log_reward_category.
+        args: `config.args()`; read are reward_key, advantage_estimator, log_passrate, log_reward_category,
+            log_multi_turn and rollout_max_response_len.
     """
     samples = [sample for group in groups for sample in group]
     rewards = [None if sample.reward is None else sample.get_reward_value(args) for sample in samples]
@@ -376,7 +413,49 @@ def rollout_metrics(groups: Sequence[Group], args: Any) -> dict[str, float]:
     result = {f"rollout/{name}": value for name, value in metrics.items()}
     if args.log_passrate:
         result |= {f"passrate/{name}": rate for name, rate in pass_rates(rewards, _group_ids(samples)).items()}
+    if args.log_multi_turn:
+        result |= multi_turn_metrics(samples, args.rollout_max_response_len)
     return result
+
+
+def multi_turn_metrics(samples: Sequence[Sample], rollout_max_response_len: int) -> dict[str, float]:
+    """The `multi_turn/` metrics of `--log-multi-turn`."""
+    raw = [sample.response_length for sample in samples]
+    families = {
+        "raw_response_length/response_length": raw,
+        "wo_obs_response_length/response_length": [sample.effective_response_length for sample in samples],
+        "multi_turn_metric/round_number": [s.metadata["round_number"] for s in samples if "round_number" in s.metadata],
+    }
+    metrics = {
+        f"multi_turn/{family}_{name}": float(function(values))
+        for family, values in families.items()
+        if values
+        for name, function in (("mean", statistics.fmean), ("max", max), ("min", min))
+    }
+    clipped = _mean([length >= rollout_max_response_len for length in raw])
+    return metrics | {"multi_turn/raw_response_length/response_length_clip_ratio": clipped}
+
+
+def correct_sample_metrics(
+    samples: Sequence[Sample], log_probs: Sequence[Sequence[float]], args: Any
+) -> dict[str, float]:
+    """The `rollout/correct_*` metrics of `--log-correct-samples`; a reward of exactly 1 is correct, as in slime.
+
+    Args:
+        log_probs: of each sample's response tokens, by the trainer.
+        args: `config.args()`; read are reward_key and rollout_max_response_len.
+    """
+    correct = [(s, row) for s, row in zip(samples, log_probs, strict=True) if s.get_reward_value(args) == 1]
+    if not correct:
+        return {}
+    lengths = [sample.response_length for sample, _ in correct]
+    quarters = Counter(min(4, max(1, math.ceil(4 * n / args.rollout_max_response_len))) for n in lengths)
+    masks = [sample.loss_mask or [1] * sample.response_length for sample, _ in correct]
+    return {
+        "rollout/correct_response_lengths": _mean(lengths),
+        "rollout/correct_entropy": -token_mean_per_sample([row for _, row in correct], masks),
+        **{f"rollout/correct_length/p{25 * quarter}": quarters[quarter] / len(lengths) for quarter in (1, 2, 3, 4)},
+    }
 
 
 def rollout_perf_metrics(groups: Sequence[Group], rollout_time: float, num_gpus: int) -> dict[str, float]:
@@ -424,7 +503,13 @@ def eval_metrics(data: dict[str, dict[str, Any]], args: Any) -> dict[str, float]
 
 def as_markdown() -> str:
     """The page docs/metrics.md."""
-    sections = [("train/", TRAIN), ("rollout/", ROLLOUT), ("perf/", PERF), ("eval/ and passrate/", EVAL)]
+    sections = [
+        ("train/", TRAIN),
+        ("rollout/", ROLLOUT),
+        ("perf/", PERF),
+        ("eval/ and passrate/", EVAL),
+        ("multi_turn/", MULTI_TURN),
+    ]
     lines = [
         "# Metrics",
         "",

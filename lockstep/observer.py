@@ -130,6 +130,9 @@ class Observer:
         if self.run.advantage_estimator is not None:
             advantages = [sample.advantage for sample in data.train_samples]
             metrics["rollout/advantages"] = metrics["rollout/rewards"] = sum(advantages) / len(advantages)
+        if self.run.config.logging.log_correct_samples:
+            log_probs = [p.log_probs.tolist() for p in policy]
+            metrics |= declared.correct_sample_metrics(data.samples, log_probs, self.run.args)
         metrics["train/tokens"] = float(sum(len(sample.tokens) for sample in data.train_samples))
         if metrics["train/skipped_steps"]:
             self.note("an optimizer step was skipped: the gradient's norm was not finite; the weights are untouched")

@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
+import logging
+import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lockstep.algorithms import AdvantageEstimator
 from lockstep.checkpoint.hf import read_hf_config, save_hf_model
 from lockstep.checkpoint.training import (
+    checkpoint_folder,
     delete_old_checkpoints,
     list_checkpoints,
+    random_states,
     read_state,
     restore_random_states,
     save_checkpoint,
 )
 from lockstep.config import Args, Config
-from lockstep.errors import CheckpointError
+from lockstep.data.choose_source import DataSource, SlimeDataSource
+from lockstep.earlier import set_aside
+from lockstep.errors import CheckpointError, OptionError, writing
 from lockstep.rollout.engine import RolloutEngine
 from lockstep.rollout.generate import RolloutContext
-from lockstep.tracking import TrackerGroup
+from lockstep.tracking import TrackerGroup, make_trackers
 from lockstep.trainer.engine import TrainingEngine
+
+logger = logging.getLogger(__name__)
 
 _NOTES = {"transformers_version", "_name_or_path", "dtype", "torch_dtype"}
 """Fields of config.json that may differ between the run and its continuation."""
+_RECORDS = ("metrics.jsonl", "config.toml", "report.html", "samples", "tensorboard")
+"""What a run leaves in its folder."""
 
 
 @dataclass
@@ -37,19 +48,21 @@ class Run:
     trainer: TrainingEngine
     engine: RolloutEngine | None
     """None when nothing is sampled (SFT without evaluation, training on saved rollouts)."""
-    data_source: Any
+    data_source: DataSource
     rollout_function: Callable[..., Any]
     eval_function: Callable[..., Any] | None
     context: RolloutContext | None
     advantage_estimator: AdvantageEstimator | None
     reward_post_process: Callable[..., Any] | None
     data_postprocess: Callable[..., Any] | None
-    trackers: TrackerGroup
     run_dir: Path
     num_rollout: int
     next_rollout_id: int = 0
-    first_rollout_id: int = 0
-    """Where this process began, above 0 when it resumed."""
+    checkpoint: Path | None = None
+    """Where it was resumed from."""
+    unlogged: dict[str, float] | None = None
+    """Metrics of a step that was trained, but whose evaluation was cut off; the step before `next_rollout_id`."""
+    trackers: TrackerGroup = field(default_factory=lambda: TrackerGroup([]))
 
     def state(self) -> dict[str, Any]:
         """All counters of a step border, as JSON."""
@@ -58,6 +71,8 @@ class Run:
             "model": read_hf_config(Path(self.config.model.hf_checkpoint)),
             "trainer": self.trainer.state_dict(),
             "data_source": self.data_source.state_dict(),
+            "random": random_states(),
+            "unlogged": self.unlogged,
         }
 
 
@@ -67,16 +82,20 @@ def save_run(run: Run, state: dict[str, Any]) -> Path | None:
     Returns its folder, or None when there is nothing to do: no `--save`, nothing trained yet, or already saved.
     """
     options = run.config.checkpoint
-    rollout_id = state["next_rollout_id"] - 1
-    if options.save is None or rollout_id < 0:
+    if options.save is None or state["next_rollout_id"] == 0:
         return None
-    root = Path(options.save)
-    if any(folder.name.endswith(f"_{rollout_id:07d}") for folder in list_checkpoints(root)) and (
-        rollout_id < run.first_rollout_id
-    ):
+    root, rollout_id = Path(options.save), state["next_rollout_id"] - 1
+    if checkpoint_folder(root, rollout_id).exists():
         return None
+    if isinstance(run.data_source, SlimeDataSource):
+        run.data_source.save(rollout_id)
+    with_optimizer = not options.no_save_optim
     folder = save_checkpoint(
-        root, rollout_id, state=state, config_toml=run.config.to_toml(), save_tensors=run.trainer.save
+        root,
+        rollout_id,
+        state=state | {"with_optimizer": with_optimizer},
+        config_toml=run.config.to_toml(),
+        save_tensors=partial(run.trainer.save, with_optimizer=with_optimizer),
     )
     if options.save_hf is not None:
         with run.trainer.rollout_weights() as model:
@@ -94,24 +113,86 @@ def resume_run(run: Run, checkpoint: Path | None) -> None:
         CheckpointError: it belongs to another model, or cannot be read.
     """
     if checkpoint is None:
-        run.trackers.truncate_after(None)
         return
     state = read_state(checkpoint)
-    hf_config = read_hf_config(Path(run.config.model.hf_checkpoint))
-    for name in sorted((set(hf_config) | set(state["model"])) - _NOTES):
-        if hf_config.get(name) != state["model"].get(name):
+    try:
+        _require_same_model(checkpoint, state["model"], read_hf_config(Path(run.config.model.hf_checkpoint)))
+        _restore(run, checkpoint, state)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            str(checkpoint / "state.json"),
+            "damaged",
+            f"it does not hold what a run needs ({type(error).__name__}: {error}).",
+            "Resume from an earlier checkpoint.",
+        ) from error
+
+
+def _restore(run: Run, checkpoint: Path, state: dict[str, Any]) -> None:
+    run.trainer.load_state_dict(state["trainer"])
+    run.trainer.load(checkpoint, with_optimizer=state["with_optimizer"])
+    if not state["with_optimizer"]:
+        logger.warning("%s holds no optimizer state (--no-save-optim): the moments start at zero.", checkpoint)
+    run.data_source.load_state_dict(state["data_source"])
+    if isinstance(run.data_source, SlimeDataSource):
+        run.data_source.load(state["next_rollout_id"] - 1)
+    if run.config.rollout.start_rollout_id is None:
+        run.next_rollout_id, run.unlogged = state["next_rollout_id"], state["unlogged"]
+    restore_random_states(state["random"])
+    run.checkpoint = checkpoint
+
+
+def _require_same_model(checkpoint: Path, trained: dict[str, Any], given: dict[str, Any]) -> None:
+    for name in sorted((set(given) | set(trained)) - _NOTES):
+        if given.get(name) != trained.get(name):
             raise CheckpointError(
                 f"--load {checkpoint} ({name})",
-                state["model"].get(name),
-                f"--hf-checkpoint describes another model, whose {name} is {hf_config.get(name)!r}.",
+                trained.get(name),
+                f"--hf-checkpoint describes another model, whose {name} is {given.get(name)!r}.",
                 "Give the --hf-checkpoint that the run began with.",
             )
-    run.trainer.load_state_dict(state["trainer"])
-    run.trainer.load(checkpoint)
-    run.data_source.load_state_dict(state["data_source"])
-    if run.config.rollout.start_rollout_id is None:
-        run.next_rollout_id = run.first_rollout_id = state["next_rollout_id"]
-    run.trackers.truncate_after(run.next_rollout_id - 1)
-    if run.engine is not None:
-        run.engine.set_version(run.trainer.version)
-    restore_random_states(state["random"])
+
+
+def require_writable(option: str, folder: Path) -> None:
+    """Find out before the run, not at its first save, whether `folder` can be written to. Creates it.
+
+    Raises:
+        OptionError: it cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OptionError(
+            option,
+            str(folder),
+            f"it cannot be written to: {error.strerror or error}.",
+            "Give a folder that you may write to.",
+        ) from error
+
+
+def open_records(run: Run) -> list[Path]:
+    """Begin the run's records, or go on with them where the checkpoint left off.
+
+    Returns the folders to which earlier runs' records and checkpoints, which do not belong to this run, were moved.
+    """
+    aside = []
+    with writing(run.run_dir):
+        if run.checkpoint is None:
+            aside.append(set_aside(run.run_dir, _RECORDS))
+        run.trackers = make_trackers(run.config.logging, run.run_dir, run.config.model_dump(mode="json"))
+        last_step = run.next_rollout_id - (1 if run.unlogged is None else 2)
+        run.trackers.truncate_after(None if run.checkpoint is None else last_step)
+        (run.run_dir / "config.toml").write_text(run.config.to_toml())
+    if run.config.checkpoint.save is not None:
+        aside.append(_set_other_checkpoints_aside(run, Path(run.config.checkpoint.save)))
+    return [folder for folder in aside if folder is not None]
+
+
+def _set_other_checkpoints_aside(run: Run, root: Path) -> Path | None:
+    """Move away what `--load` would take for this run's: checkpoints of other runs, and of steps still to come."""
+    existing = list_checkpoints(root)
+    if run.checkpoint is not None and run.checkpoint.resolve().parent == root.resolve():
+        existing = [folder for folder in existing if folder.name > run.checkpoint.name]
+    with writing(root):
+        return set_aside(root, [folder.name for folder in existing])

@@ -8,8 +8,9 @@ from itertools import groupby, pairwise
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from lockstep.algorithms import AdvantageEstimator, sample_loss_weights
+from lockstep.algorithms import AdvantageEstimator, sample_loss_weights, whiten_advantages
 from lockstep.errors import RolloutError
 from lockstep.trainer.batch import TrainSample
 from lockstep.types import Group, Sample
@@ -43,15 +44,19 @@ def make_training_data(
     samples = [sample for group in groups for sample in group]
     for sample in samples:
         _check(sample)
+    train_samples = [_train_sample(sample) for sample in samples]
     if reward_post_process is not None:
-        advantages = list(reward_post_process(args, samples)[1])
+        advantages = torch.tensor(reward_post_process(args, samples)[1], dtype=torch.float32)
     elif advantage_estimator is not None:
         rewards = torch.tensor([float(sample.get_reward_value(args)) for sample in samples], dtype=torch.float32)
         group_ids = torch.tensor([i for i, group in enumerate(groups) for _ in group])
-        advantages = advantage_estimator(rewards, group_ids).tolist()
+        advantages = advantage_estimator(rewards, group_ids)
     else:
-        advantages = [0.0] * len(samples)
-    train_samples = [_train_sample(s, advantage) for s, advantage in zip(samples, advantages, strict=True)]
+        advantages = torch.zeros(len(samples))
+    if args.normalize_advantages:
+        advantages = _whitened(advantages, samples, train_samples)
+    for train_sample, advantage in zip(train_samples, advantages.tolist(), strict=True):
+        train_sample.advantage = advantage
     steps = []
     for members in _split_by_rollout(samples, num_steps):
         weights = sample_loss_weights(
@@ -73,7 +78,14 @@ def _split_by_rollout(samples: list[Sample], num_steps: int) -> list[list[int]]:
     return [[i for members in rollouts[begin:end] for i in members] for begin, end in pairwise(borders) if begin < end]
 
 
-def _train_sample(sample: Sample, advantage: float) -> TrainSample:
+def _whitened(advantages: Tensor, samples: list[Sample], train_samples: list[TrainSample]) -> Tensor:
+    """`--normalize-advantages`: over the tokens that the loss sees. Nothing changes when it sees none."""
+    together = zip(samples, train_samples, strict=True)
+    num_loss_tokens = torch.tensor([0 if s.remove_sample else sum(t.loss_mask) for s, t in together])
+    return whiten_advantages(advantages, num_loss_tokens) if num_loss_tokens.any() else advantages
+
+
+def _train_sample(sample: Sample) -> TrainSample:
     mask = sample.loss_mask if sample.loss_mask is not None else [1] * sample.response_length
     offsets = sample.rollout_top_p_token_offsets
     if offsets is not None:
@@ -82,7 +94,6 @@ def _train_sample(sample: Sample, advantage: float) -> TrainSample:
         tokens=sample.tokens,
         response_length=sample.response_length,
         loss_mask=mask,
-        advantage=advantage,
         rollout_log_probs=sample.rollout_log_probs,
         kept_token_ids=sample.rollout_top_p_token_ids,
         kept_token_offsets=offsets,

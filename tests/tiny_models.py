@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import random
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from lockstep.algorithms import Loss, make_policy_loss
+from lockstep.config import BatchingOptions, OptimizerOptions
 from lockstep.kernels.attention import PackedAttention
 from lockstep.models import Qwen3
 from lockstep.models import Qwen3Config as Shape
 from lockstep.models.layers.moe import ChooseExperts, top_k_experts
+from lockstep.trainer.local import LocalTrainer
 
 VOCAB = 97
 
@@ -123,3 +126,26 @@ def relative_error(ours: Tensor, theirs: Tensor) -> float:
     """max |a - b| / max |b|; two tensors of zeros agree."""
     difference, size = float((ours - theirs).detach().abs().max()), float(theirs.detach().abs().max())
     return difference / size if size else difference
+
+
+def tiny_trainer(
+    model: Qwen3,
+    *,
+    loss: Loss | None = None,
+    temperature: float = 1.0,
+    routing: Literal["own", "rollout", "old"] = "own",
+    reference: Qwen3 | None = None,
+    batching: dict[str, Any] | None = None,
+    **optimizer: Any,
+) -> LocalTrainer:
+    return LocalTrainer(
+        model,
+        reference=reference,
+        loss=loss or make_policy_loss(),
+        optimizer=OptimizerOptions(**({"lr": 1e-2, "lr_decay_style": "constant"} | optimizer)),
+        batching=BatchingOptions(**(batching or {"use_dynamic_batch_size": True, "max_tokens_per_gpu": 128})),
+        temperature=temperature,
+        needs_entropy=True,
+        routing=routing,
+        num_steps=10,
+    )

@@ -8,9 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from lockstep.errors import CheckpointError
 
 TEMPORARY_SUFFIX = ".incomplete"
+_REPLACED_SUFFIX = ".replaced"
+_FULL_BYTES = 2**20
+"""A disk with less free space than this is called full."""
 
 
 @contextmanager
@@ -20,10 +25,13 @@ def atomic_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
     A crash at any moment leaves either the whole directory or none (and a sibling ending in `.incomplete`, which the
     next write of the same path removes).
 
+    Args:
+        replace: an earlier directory of this name gives way, in the instant between two renames.
     Raises:
         CheckpointError: the disk is full or not writable; the temporary directory is removed first.
     """
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+    replaced = path.with_name(path.name + _REPLACED_SUFFIX)
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -32,22 +40,35 @@ def atomic_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
             _flush(file)
         _flush(temporary)
         if replace and path.exists():
-            shutil.rmtree(path)
+            shutil.rmtree(replaced, ignore_errors=True)
+            path.rename(replaced)
         temporary.rename(path)
         _flush(path.parent)
-    except OSError as error:
+        shutil.rmtree(replaced, ignore_errors=True)
+    except CheckpointError:
         shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, CheckpointError):
-            raise
+        raise
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own words for a full disk
+        reason = _reason(error, path)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
             str(path),
             "not written",
-            f"the system says: {error.strerror or error}.",
+            reason,
             "Free space or fix the permissions of its folder; earlier checkpoints are untouched.",
         ) from error
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _reason(error: Exception, path: Path) -> str:
+    """Why writing failed. To be asked while what was written is still there, and with it the lack of space."""
+    if isinstance(error, OSError):
+        return f"the system says: {error.strerror or error}."
+    if path.parent.exists() and shutil.disk_usage(path.parent).free < _FULL_BYTES:
+        return "the disk is full."
+    return f"writing failed ({type(error).__name__}: {str(error).splitlines()[0]})."
 
 
 def _flush(path: Path) -> None:

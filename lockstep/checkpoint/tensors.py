@@ -16,10 +16,17 @@ from lockstep.errors import CheckpointError
 
 
 def save_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Write the tensors into `folder`, which exists."""
+    """Write the tensors into `folder`, which exists.
+
+    Raises:
+        OSError, RuntimeError: the system refuses; torch says RuntimeError where a disk is full.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-        save(tensors, storage_writer=FileSystemWriter(str(folder), sync_files=True), no_dist=True)
+        try:
+            save(tensors, storage_writer=FileSystemWriter(str(folder), sync_files=True), no_dist=True)
+        except CheckpointException as error:
+            raise _first_cause(error) from error
 
 
 def load_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
@@ -44,12 +51,16 @@ def load_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
         raise CheckpointError(
             str(folder),
             "unreadable",
-            f"its tensors do not fit this model, or a file is damaged: {_first_cause(error)}.",
+            f"its tensors do not fit this model, or a file is damaged: {_first_line(_first_cause(error))}.",
             "Resume with the model that wrote it, or from an earlier checkpoint (--load a folder without this one).",
         ) from error
 
 
-def _first_cause(error: BaseException) -> str:
+def _first_cause(error: BaseException) -> BaseException:
     if isinstance(error, CheckpointException) and error.failures:
-        error = next(iter(error.failures.values()))[0]
+        return next(iter(error.failures.values()))[0]
+    return error
+
+
+def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

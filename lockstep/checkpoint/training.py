@@ -63,10 +63,11 @@ def save_checkpoint(
 ) -> Path:
     """Write a checkpoint atomically and return its folder."""
     folder = checkpoint_folder(root, rollout_id)
-    with atomic_directory(folder, replace=True) as temporary:
+    _delete_unfinished(root)
+    with atomic_directory(folder) as temporary:
         save_tensors(temporary)
         (temporary / "config.toml").write_text(config_toml)
-        (temporary / "state.json").write_text(json.dumps(state | {"random": random_states()}))
+        (temporary / "state.json").write_text(json.dumps(state))
     return folder
 
 
@@ -81,8 +82,16 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def delete_old_checkpoints(root: Path, keep_last: int) -> None:
+    """Delete all but the newest; a kill on the way leaves no half-deleted folder under a checkpoint's name."""
     for folder in list_checkpoints(root)[:-keep_last]:
-        shutil.rmtree(folder)
+        folder.rename(folder.with_name(folder.name + TEMPORARY_SUFFIX))
+    _delete_unfinished(root)
+
+
+def _delete_unfinished(root: Path) -> None:
+    """Remove what kills left behind in the middle of a save or of a deletion."""
+    for folder in root.glob(f"rollout_*{TEMPORARY_SUFFIX}"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def random_states() -> dict[str, Any]:

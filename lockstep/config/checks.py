@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lockstep.config.hooks import our_path
 from lockstep.errors import OptionError
 
 if TYPE_CHECKING:
@@ -105,7 +106,8 @@ def check_training(config: Config) -> None:
     from lockstep.rewards.registry import check_reward_options
 
     debug, rollout, algorithm = config.debug, config.rollout, config.algorithm
-    if debug.debug_train_only and debug.load_debug_rollout_data is None:
+    learns_from_rewards = algorithm.loss_type == "policy_loss"
+    if debug.debug_train_only and debug.load_debug_rollout_data is None and learns_from_rewards:
         raise OptionError(
             "--debug-train-only",
             True,
@@ -113,14 +115,15 @@ def check_training(config: Config) -> None:
             "Give --load-debug-rollout-data with the files that --save-debug-rollout-data wrote.",
         )
     check_reward_options(config.args())
-    custom_source = config.data.data_source_path != type(config.data).model_fields["data_source_path"].default
-    if config.data.prompt_data is None and not debug.trains_on_stored_rollouts and not custom_source:
+    default_source = type(config.data).model_fields["data_source_path"].default
+    reads_a_file = our_path(config.data.data_source_path) == default_source
+    if config.data.prompt_data is None and reads_a_file and debug.load_debug_rollout_data is None:
         raise OptionError(
             "--prompt-data", None, "training needs prompts.", "Give a .jsonl or .parquet file of prompts."
         )
     if rollout.num_rollout is None and rollout.num_epoch is None:
         raise OptionError("--num-rollout", None, "the length of the run is open.", "Give --num-rollout or --num-epoch.")
-    learns_from_groups = algorithm.loss_type == "policy_loss" and not debug.debug_rollout_only
+    learns_from_groups = learns_from_rewards and not debug.debug_rollout_only
     if learns_from_groups and rollout.n_samples_per_prompt == 1 and not algorithm.disable_rewards_normalization:
         raise OptionError(
             "--n-samples-per-prompt",

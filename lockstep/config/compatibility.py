@@ -307,7 +307,7 @@ SECTIONS: dict[str, list[SlimeFlag]] = {
         *_later("--decoder-last-pipeline-num-layers", "--decoder-first-pipeline-num-layers",
                 why=_ONE_PROCESS, use="Leave it out."),
         *_accepted("--sequence-parallel", words="none", why="with one tensor-parallel rank it means nothing."),
-        *_accepted("--recompute-granularity", why="full recomputes every layer, selective none; the result is the same."),
+        *_accepted("--recompute-granularity", why="full recomputes every layer, selective none, with equal results."),
         *_accepted("--recompute-method", "--recompute-num-layers", why="every layer is recomputed on its own."),
         *_same("--optimizer", refused={"sgd": "only adam is there."}, remedy="Use adam."),
         *_same(

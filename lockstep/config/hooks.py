@@ -13,12 +13,18 @@ from lockstep.errors import OptionError
 
 SLIME_PATHS = {
     "slime.rollout.sglang_rollout.generate_rollout": "lockstep.rollout.generate.generate_rollout",
+    "slime.rollout.sft_rollout.generate_rollout": "lockstep.rollout.generate.generate_rollout",
     "slime.rollout.data_source.RolloutDataSourceWithBuffer": "lockstep.data.RolloutDataSourceWithBuffer",
     "slime.rollout.filter_hub.dynamic_sampling_filters.check_reward_nonzero_std": (
         "lockstep.rollout.hooks.check_nonzero_std"
     ),
 }
-"""slime's own functions that its scripts name, and ours that do the same."""
+"""slime's own functions that its scripts name, and ours that do the same. With sft_loss ours does SFT's."""
+
+
+def our_path(path: str) -> str:
+    """Where a function that may be named by its place in slime is found here."""
+    return SLIME_PATHS.get(path, path)
 
 
 def load_function(path: str, option: str = "hook path") -> Any:
@@ -29,7 +35,7 @@ def load_function(path: str, option: str = "hook path") -> Any:
     Raises:
         OptionError: it cannot be imported; the reason carries the import's own error.
     """
-    path = SLIME_PATHS.get(path, path)
+    path = our_path(path)
     if ".py:" in path:
         file, _, name = path.rpartition(":")
         module = _load_file(Path(file), path, option)

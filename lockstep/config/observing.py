@@ -44,13 +44,13 @@ class LoggingOptions(OptionGroup):
     tb_experiment_name: str | None = None
     """TensorBoard's experiment folder."""
     log_multi_turn: bool = False
-    """Report turns per sample."""
+    """Report response lengths with and without the tools' tokens, and `metadata['round_number']`, as multi_turn/*."""
     log_passrate: bool = False
     """Report pass@k of the training groups."""
     log_reward_category: str | None = None
     """Count rewards by this key of the reward dict."""
     log_correct_samples: bool = False
-    """Report lengths of the correct samples apart."""
+    """Report length and entropy of the samples with reward 1 apart, as rollout/correct_*."""
     custom_rollout_log_function_path: str | None = None
     """Function `(rollout_id, args, samples, extra_metrics, rollout_time) -> bool`; True skips the default metrics."""
     custom_eval_rollout_log_function_path: str | None = None
@@ -63,7 +63,7 @@ class DebugOptions(OptionGroup):
     debug_rollout_only: bool = False
     """Sample and score, do not train."""
     debug_train_only: bool = False
-    """Train on stored rollouts (load_debug_rollout_data), do not sample."""
+    """Sample nothing: train on stored rollouts (load_debug_rollout_data), or by sft_loss on the data itself."""
     save_debug_rollout_data: str | None = None
     """File for each rollout's samples; `{rollout_id}` in it is replaced."""
     load_debug_rollout_data: str | None = None
@@ -74,12 +74,12 @@ class DebugOptions(OptionGroup):
     """File for each rollout's training data; `{rollout_id}` in it is replaced."""
 
     @property
-    def trains_on_stored_rollouts(self) -> bool:
+    def samples_nothing(self) -> bool:
         return self.debug_train_only or self.load_debug_rollout_data is not None
 
     @model_validator(mode="after")
     def _halves_must_be_consistent(self) -> DebugOptions:
-        if self.debug_rollout_only and self.trains_on_stored_rollouts:
+        if self.debug_rollout_only and self.samples_nothing:
             raise OptionError(
                 "--debug-rollout-only", True, "the other debug options ask for training only.", "Use one of the two."
             )

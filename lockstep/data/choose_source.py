@@ -6,7 +6,7 @@ import json
 from typing import Any, Protocol
 
 from lockstep.config import Config
-from lockstep.config.hooks import SLIME_PATHS, load_function
+from lockstep.config.hooks import load_function
 from lockstep.data.rows import excerpt
 from lockstep.data.source import RolloutDataSourceWithBuffer
 from lockstep.data.tokenizer import Tokenizer
@@ -58,11 +58,6 @@ def make_data_source(config: Config, tokenizer: Tokenizer) -> DataSource:
         source: DataSource = cls.from_config(config, tokenizer)
         return source
     return SlimeDataSource(_build(cls, config), path, is_saved=config.checkpoint.save is not None)
-
-
-def is_default_source(path: str) -> bool:
-    """Whether `--data-source-path` names our own source, by its name here or in slime."""
-    return SLIME_PATHS.get(path, path) == SLIME_PATHS["slime.rollout.data_source.RolloutDataSourceWithBuffer"]
 
 
 def _build(cls: Any, config: Config) -> Any:
@@ -128,6 +123,8 @@ class SlimeDataSource:
         )
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
         return getattr(self.source, name)
 
     @property
@@ -136,7 +133,9 @@ class SlimeDataSource:
 
     def num_rollout(self, num_epoch: int, rollout_batch_size: int) -> int:
         self._require(hasattr(self.source, "__len__"), "--num-epoch needs its __len__.", "Give --num-rollout.")
-        return max(1, num_epoch * len(self.source) // rollout_batch_size)
+        rollouts = num_epoch * len(self.source) // rollout_batch_size
+        self._require(rollouts > 0, "its rows do not fill one rollout.", "Raise --num-epoch.")
+        return rollouts
 
     def get_samples(self, num_samples: int) -> list[Group]:
         groups: list[Group] = self.source.get_samples(num_samples)

@@ -88,26 +88,24 @@ def _varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_l
     return cast(Tensor, varlen_attn(*arguments, window_size=(-1, 0)))
 
 
-def paged_attention(
-    q_BQNH: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, is_visible_BQL: Tensor
-) -> Tensor:
+def paged_attention(q_BQNH: Tensor, kv_cache: Tensor, block_tables: Tensor, bias_BQL: Tensor) -> Tensor:
     """Attention of Q new tokens per sequence over its cached keys and values.
 
-    Shapes: caches are [K, blocks, block size, H]; `block_tables` [B, blocks per sequence] holds each sequence's blocks
-    in order, padded with any valid block; `is_visible_BQL` says which of their L = blocks x block size slots a query
-    may see (at least one). Result [B, Q, N, H].
+    Shapes: `kv_cache` is [2, K, blocks, block size, H], keys first; `block_tables` [B, blocks per sequence] holds each
+    sequence's blocks in order, padded with any valid block; `bias_BQL` is 0 on those of their L = blocks x block size
+    slots that a query may see (at least one) and -inf elsewhere. Result [B, Q, N, H].
     """
     batch, width = q_BQNH.shape[:2]
-    num_keys, _, block_size, head_dim = k_cache.shape
+    _, num_keys, _, block_size, head_dim = kv_cache.shape
     length = block_tables.shape[1] * block_size
-    k, v = (
-        cache.flatten(2).index_select(1, block_tables.flatten()).view(-1, length, head_dim)
-        for cache in (k_cache, v_cache)
+    rows = kv_cache.flatten(0, 1).flatten(2).index_select(1, block_tables.flatten())
+    k, v = rows.view(2, num_keys * batch, length, head_dim)
+    q_KBGQH = q_BQNH.unflatten(2, (num_keys, -1)).permute(2, 0, 3, 1, 4)
+    groups = q_KBGQH.shape[2]
+    bias = (
+        bias_BQL[None, :, None].expand(num_keys, -1, groups, -1, -1).reshape(num_keys * batch, groups * width, length)
     )
-    q_BQKGH = q_BQNH.unflatten(2, (num_keys, -1))
-    groups = q_BQKGH.shape[3]
-    q = q_BQKGH.permute(2, 0, 3, 1, 4).reshape(num_keys * batch, groups * width, head_dim)
-    scores = torch.bmm(q * head_dim**-0.5, k.transpose(1, 2)).float().view(num_keys, batch, groups, width, length)
-    weights = scores.masked_fill_(~is_visible_BQL[None, :, None], float("-inf")).softmax(-1).to(v.dtype)
-    out = torch.bmm(weights.view(num_keys * batch, groups * width, length), v)
+    q = q_KBGQH.reshape(num_keys * batch, groups * width, head_dim)
+    scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=head_dim**-0.5)
+    out = torch.bmm(scores.softmax(-1, dtype=torch.float32).to(v.dtype), v)
     return out.view(num_keys, batch, groups, width, head_dim).permute(1, 3, 0, 2, 4).flatten(2, 3)

@@ -34,10 +34,9 @@ def grouped_experts(
     num_experts, slots = gate_up_EJD.shape[0], experts_TS.shape[1]
     flat_R = experts_TS.flatten()
     order_R = flat_R.argsort(stable=True)
-    ends_E = torch.bincount(flat_R, minlength=num_experts).cumsum(0).to(torch.int32)
+    ends_E = torch.bincount(flat_R, minlength=num_experts).cumsum(0, dtype=torch.int32)
     rows_RD = x_TD[order_R // slots]
     gate, up = F.grouped_mm(rows_RD, gate_up_EJD.transpose(1, 2), offs=ends_E).chunk(2, dim=-1)
     out_RD = F.grouped_mm(F.silu(gate) * up, down_EDI.transpose(1, 2), offs=ends_E)
     unsorted_TSD = torch.empty_like(out_RD).index_copy(0, order_R, out_RD).unflatten(0, (-1, slots))
-    mixed_TD: Tensor = (unsorted_TSD * weights_TS[..., None]).sum(dim=1)
-    return mixed_TD
+    return torch.bmm(weights_TS[:, None], unsorted_TSD).squeeze(1)

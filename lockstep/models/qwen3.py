@@ -27,7 +27,6 @@ _IRRELEVANT = {
     "initializer_range": "weights are loaded, never drawn",
     "label2id": "no classification head",
     "max_window_layers": "only with sliding windows, which are refused",
-    "model_type": "chooses this class",
     "output_attentions": "nothing returns attentions",
     "output_hidden_states": "nothing returns hidden states",
     "output_router_logits": "routes are recorded through their own seam",
@@ -100,8 +99,8 @@ class Qwen3Config:
             hf["num_experts"] = hf.pop("num_local_experts")
         if "mlp_only_layers" in hf:
             hf["mlp_only_layers"] = tuple(hf["mlp_only_layers"] or ())
-        for checked in (*_CHECKED, *_IRRELEVANT):
-            hf.pop(checked, None)
+        for name in ("model_type", *_CHECKED, *_IRRELEVANT):
+            hf.pop(name, None)
         is_dense = model_type == "qwen3"
         known = set(cls.__dataclass_fields__) - (set(_ONLY_SPARSE) if is_dense else set())
         for name in sorted(set(hf) - known):

@@ -14,11 +14,12 @@ from collections import Counter
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import Any
 
 from lockstep.errors import LockstepError, RolloutError
 from lockstep.metrics import eval_metrics
-from lockstep.rewards import RewardPool
+from lockstep.rewards import Outcome, RewardOutcome, RewardPool
 from lockstep.rollout.evaluation import EvalSet
 from lockstep.rollout.hooks import RolloutHooks
 from lockstep.rollout.policy import Policy, current_policy, set_current_policy
@@ -86,7 +87,8 @@ async def generate_rollout(
         context.hooks.sample_filter(args, state.kept)
     if context.hooks.all_samples_process is not None:
         context.hooks.all_samples_process(args, state.kept + state.dropped, data_source)
-    metrics: dict[str, float] = {f"rollout/{name}": float(value) for name, value in state.counts.items()}
+    metrics = {f"rollout/reward_{outcome}": 0.0 for outcome in Outcome if outcome is not Outcome.OK}
+    metrics |= {f"rollout/{name}": float(value) for name, value in state.counts.items()}
     metrics["rollout/prompts_trained"] = float(len(state.kept))
     metrics["perf/rollout_time"] = time.perf_counter() - started
     _add_cache_metrics(metrics, state.kept)
@@ -98,7 +100,8 @@ async def _run_round(args: Any, rollout_id: int, data_source: Any, context: Roll
     drawn: list[Group] = data_source.get_samples(args.over_sampling_batch_size)
     pristine = copy.deepcopy(drawn)
     state.counts["prompts_drawn"] += len(drawn)
-    tasks = [asyncio.create_task(_finish_group(args, group, rollout_id, context)) for group in drawn]
+    finishing = (_finish_group(args, group, rollout_id, context, context.sampling_params) for group in drawn)
+    tasks = [asyncio.create_task(finish) for finish in finishing]
     try:
         for position, task in enumerate(tasks):
             if len(state.kept) == args.rollout_batch_size:
@@ -106,7 +109,10 @@ async def _run_round(args: Any, rollout_id: int, data_source: Any, context: Roll
                 data_source.add_samples(unused)
                 state.counts["prompts_deferred"] += len(unused)
                 return
-            _judge(args, await task, context.hooks, state)
+            group, outcomes = await task
+            # Counted here and not in the pool, which also knows those that had the time to finish before the cut.
+            state.counts.update(f"reward_{o.outcome}" for o in outcomes if o.outcome is not Outcome.OK)
+            _judge(args, group, context.hooks, state)
     finally:
         for task in tasks:
             task.cancel()
@@ -130,37 +136,44 @@ def _judge(args: Any, group: Group, hooks: RolloutHooks, state: _Round) -> None:
     (state.spare if verdict.keep_when_insufficient else state.dropped).append(scored)
 
 
-async def _finish_group(args: Any, group: Group, rollout_id: int, context: RolloutContext) -> Group:
+async def _finish_group(
+    args: Any,
+    group: Group,
+    rollout_id: int,
+    context: RolloutContext,
+    sampling_params: dict[str, Any],
+    *,
+    evaluation: bool = False,
+) -> tuple[Group, list[RewardOutcome]]:
     """Generate and score every sample of a group; samples whose reward was dropped keep the reward None."""
-    finished = await _gather([_finish_sample(args, s, context, rollout_id, context.sampling_params) for s in group])
-    samples = [sample for siblings in finished for sample in siblings]
+    finished = await _gather(
+        [_finish_sample(args, s, rollout_id, context, sampling_params, evaluation=evaluation) for s in group]
+    )
+    samples = [sample for siblings, _ in finished for sample in siblings]
     if args.group_rm:
-        outcomes = await context.rewards.score_group(samples)
-        for sample, outcome in zip(samples, outcomes, strict=True):
-            sample.reward = outcome.reward
-    return samples
+        return samples, await context.rewards.score_group(samples, evaluation=evaluation)
+    return samples, [outcome for _, outcomes in finished for outcome in outcomes]
 
 
 async def _finish_sample(
     args: Any,
     sample: Sample,
-    context: RolloutContext,
     rollout_id: int,
+    context: RolloutContext,
     sampling_params: dict[str, Any],
     *,
-    evaluation: bool = False,
-) -> list[Sample]:
+    evaluation: bool,
+) -> tuple[list[Sample], list[RewardOutcome]]:
     siblings = await _call_generate(args, sample, context.hooks, dict(sampling_params), evaluation)
     siblings = [
         await context.hooks.before_reward(args, s, rollout_id=rollout_id, evaluation=evaluation) for s in siblings
     ]
-    if not args.group_rm or evaluation:
+    outcomes: list[RewardOutcome] = []
+    if not args.group_rm:
         unscored = [s for s in siblings if s.reward is None]
-        outcomes = await _gather([context.rewards.score(s) for s in unscored])
-        for s, outcome in zip(unscored, outcomes, strict=True):
-            s.reward = outcome.reward
+        outcomes = await _gather([context.rewards.score(s, evaluation=evaluation) for s in unscored])
     context.on_sample()
-    return siblings
+    return siblings, outcomes
 
 
 async def _call_generate(
@@ -212,13 +225,15 @@ async def _evaluate(args: Any, rollout_id: int, context: RolloutContext) -> Roll
     data: dict[str, dict[str, Any]] = {}
     for number, eval_set in enumerate(context.eval_sets):
         set_current_policy(replace(context.policy, stream=(1, number), max_context_len=eval_set.max_context_len))
+        groups = [list(group) for _, group in groupby(copy.deepcopy(eval_set.samples), key=lambda s: s.group_index)]
         finished = await _gather(
             [
-                _finish_sample(args, sample, context, rollout_id, eval_set.sampling_params, evaluation=True)
-                for sample in copy.deepcopy(eval_set.samples)
+                _finish_group(args, group, rollout_id, context, eval_set.sampling_params, evaluation=True)
+                for group in groups
             ]
         )
-        samples = [siblings[-1] for siblings in finished]
+        last_siblings = {sample.rollout_id: sample for group, _ in finished for sample in group}
+        samples = list(last_siblings.values())
         data[eval_set.name] = {
             "rewards": [0.0 if s.reward is None else _eval_reward(args, s) for s in samples],
             "truncated": [s.status is Sample.Status.TRUNCATED for s in samples],

@@ -11,7 +11,14 @@ from lockstep.errors import OptionError
 if TYPE_CHECKING:
     from lockstep.config import LoggingOptions
 
-STEP_METRICS = {"train": "train/step", "rollout": "rollout/step", "perf": "rollout/step", "eval": "eval/step"}
+STEP_METRICS = {
+    "train": "train/step",
+    "rollout": "rollout/step",
+    "perf": "rollout/step",
+    "passrate": "rollout/step",
+    "multi_turn": "rollout/step",
+    "eval": "eval/step",
+}
 """The x axis of each family of metrics, as in slime."""
 
 

@@ -56,12 +56,12 @@ class TrainingEngine(Protocol):
         """Make the current policy the reference model."""
         ...
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, *, with_optimizer: bool = True) -> None:
         """Write weights and optimizer state into an existing folder."""
         ...
 
-    def load(self, folder: Path) -> None:
-        """Read what `save` wrote, in place."""
+    def load(self, folder: Path, *, with_optimizer: bool = True) -> None:
+        """Read what `save` wrote, in place. Without optimizer state the optimizer starts afresh from the weights."""
         ...
 
     def state_dict(self) -> dict[str, Any]:

@@ -149,6 +149,8 @@ class LocalTrainer:
 
     def load(self, folder: Path, *, with_optimizer: bool = True) -> None:
         load_tensors(folder, dict(self._state(with_optimizer)))
+        if not with_optimizer:
+            self.optimizer.restart()
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -168,8 +170,8 @@ class LocalTrainer:
         yield from ((f"model.{name}", p.detach()) for name, p in self.model.named_parameters())
         if with_optimizer:
             yield from ((f"optimizer.{name}", tensor) for name, tensor in self.optimizer.named_state())
-            if self.reference is not None and self._reference_moved:
-                yield from ((f"reference.{name}", p.detach()) for name, p in self.reference.named_parameters())
+        if self.reference is not None and self._reference_moved:
+            yield from ((f"reference.{name}", p.detach()) for name, p in self.reference.named_parameters())
 
     def _micro_batches(self, samples: Sequence[TrainSample], max_tokens: int | None) -> list[list[int]]:
         if self.batching.use_dynamic_batch_size and max_tokens:

@@ -90,6 +90,14 @@ class Optimizer:
                 yield f"master.{name}", master.detach()
 
     @torch.no_grad()
+    def restart(self) -> None:
+        """Forget the moments and take the parameters as they are now."""
+        self.adam.state.clear()
+        for name, parameter in self.parameters.items():
+            if parameter is not self.masters[name]:
+                self.masters[name].copy_(parameter)
+
+    @torch.no_grad()
     def _write_back(self) -> None:
         for name, parameter in self.parameters.items():
             if parameter is not self.masters[name]:

@@ -18,6 +18,8 @@ ARGS = SimpleNamespace(
     advantage_estimator="grpo",
     log_passrate=False,
     log_reward_category=None,
+    log_multi_turn=False,
+    rollout_max_response_len=8,
     n_samples_per_eval_prompt=1,
 )
 

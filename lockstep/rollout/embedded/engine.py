@@ -53,6 +53,8 @@ class EmbeddedEngine:
         self.version = 0
         self._decode_text = decode_text
         self._inbox: list[Sequence] = []
+        self._unanswered: set[Sequence] = set()
+        """Requests whose callers wait; touched by the event loop's thread only."""
         self._driver: asyncio.Task[None] | None = None
         self._thread = ThreadPoolExecutor(
             1, "engine", initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),)
@@ -62,6 +64,7 @@ class EmbeddedEngine:
         sequence = self.sequence(input_ids, params, stream)
         sequence.future = asyncio.get_running_loop().create_future()
         self._inbox.append(sequence)
+        self._unanswered.add(sequence)
         if self._driver is None or self._driver.done():
             self._driver = asyncio.create_task(self._drive())
         try:
@@ -94,8 +97,8 @@ class EmbeddedEngine:
         return finished
 
     def abort_all(self) -> None:
-        """End every request with what it has; call between steps, or from the event loop while a step runs."""
-        for sequence in [*self._inbox, *self.scheduler.running, *self.scheduler.waiting]:
+        """End every request with what it has, after the step that is running; call it from the event loop."""
+        for sequence in self._unanswered:
             sequence.finish_reason = "abort"
 
     async def drain(self) -> None:
@@ -120,19 +123,32 @@ class EmbeddedEngine:
                 for sequence in finished:
                     self._finish(sequence, "abort")
                 if self.has_work:
-                    finished += await asyncio.get_running_loop().run_in_executor(self._thread, self.step)
+                    finished += await self._step_on_thread()
                 for sequence in finished:
-                    _resolve(sequence, sequence.generation)
+                    self._answer(sequence, sequence.generation)
                 if finished:
                     await _settle()
         except BaseException as error:
-            for sequence in [*self._inbox, *self.scheduler.running, *self.scheduler.waiting]:
-                _resolve(sequence, error)
-            self._inbox.clear()
-            for sequence in [*self.scheduler.running, *self.scheduler.waiting]:
-                self.scheduler.finish(sequence)
+            self._drop_everything(error)
             if not isinstance(error, Exception):
                 raise
+
+    async def _step_on_thread(self) -> list[Sequence]:
+        step = asyncio.get_running_loop().run_in_executor(self._thread, self.step)
+        try:
+            return await asyncio.shield(step)
+        except asyncio.CancelledError:
+            await asyncio.wait([step])  # it works on the scheduler's lists, which the caller is about to empty
+            raise
+
+    def _drop_everything(self, error: BaseException) -> None:
+        """Hand the error to every caller and free all blocks; what a failed step left in them is no prefix."""
+        for sequence in [*self._unanswered]:
+            self._answer(sequence, error)
+        self._inbox.clear()
+        for sequence in [*self.scheduler.running, *self.scheduler.waiting]:
+            self.scheduler.finish(sequence)
+        self.blocks.forget_prefixes()
 
     def _admit_inbox(self) -> None:
         arrived, self._inbox = self._inbox, []
@@ -140,7 +156,16 @@ class EmbeddedEngine:
             try:
                 self.scheduler.add(sequence)
             except Exception as error:
-                _resolve(sequence, error)
+                self._answer(sequence, error)
+
+    def _answer(self, sequence: Sequence, outcome: Any) -> None:
+        self._unanswered.discard(sequence)
+        if sequence.future is None or sequence.future.done():
+            return
+        if isinstance(outcome, BaseException):
+            sequence.future.set_exception(outcome)
+        else:
+            sequence.future.set_result(outcome)
 
     def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
         params = sequence.params
@@ -148,8 +173,9 @@ class EmbeddedEngine:
             if sequence.tokens[-1] in params.stop_token_ids:
                 return "stop"
             if params.stop:
-                # A stop string ends in the newest token, so only the tail that could hold it is decoded.
-                tail = self._decode_text(sequence.new_tokens[-max(map(len, params.stop)) - 1 :])
+                # A stop string ends in the newest token, and every token adds at least one byte of text.
+                reach = max(len(stop.encode()) for stop in params.stop)
+                tail = self._decode_text(sequence.new_tokens[-reach:])
                 if any(stop in tail for stop in params.stop):
                     return "stop"
         return "length" if sequence.num_new_tokens >= params.max_new_tokens else None
@@ -168,15 +194,6 @@ class EmbeddedEngine:
             cached_tokens=sequence.cached_tokens,
         )
         self.scheduler.finish(sequence)
-
-
-def _resolve(sequence: Sequence, outcome: Any) -> None:
-    if sequence.future is None or sequence.future.done():
-        return
-    if isinstance(outcome, BaseException):
-        sequence.future.set_exception(outcome)
-    else:
-        sequence.future.set_result(outcome)
 
 
 async def _settle() -> None:

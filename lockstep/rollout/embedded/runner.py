@@ -43,7 +43,7 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, sequences: list[Sequence]) -> None:
         """Compute every uncomputed token of the sequences and append one sampled token to each."""
-        batch = _Batch(sequences, self.block_size, self.device)
+        batch = _Batch(sequences, self.block_size, self.kv_cache)
         routes = RecordRoutes()
         hidden_TD = self.model(batch.input_ids, batch.positions, _PagedAttend(self.kv_cache, batch), routes)
         if self.routed_experts is not None:
@@ -59,9 +59,6 @@ class ModelRunner:
 
     def _append_sampled(self, sequences: list[Sequence], logits_BV: Tensor) -> None:
         params = [s.params for s in sequences]
-        for row, sequence in enumerate(sequences):
-            if sequence.num_new_tokens < sequence.params.min_new_tokens:
-                logits_BV[row, list(sequence.params.stop_token_ids)] = float("-inf")
         cuts = any(p.cuts_tail for p in params)
         sampled = sample(
             logits_BV,
@@ -72,6 +69,8 @@ class ModelRunner:
             ),
             top_p_B=self._row([p.top_p if p.cuts_tail else 1.0 for p in params], torch.float64) if cuts else None,
             top_k_B=self._row([p.top_k if p.cuts_tail else -1 for p in params], torch.int64) if cuts else None,
+            is_forbidden_BV=_forbidden(sequences, logits_BV),
+            has_greedy=any(p.temperature == 0 for p in params),
         )
         kept = None if sampled.is_kept_BV is None else sampled.is_kept_BV.cpu()
         tokens, log_probs = sampled.tokens_B.tolist(), sampled.log_probs_B.tolist()
@@ -86,10 +85,23 @@ class ModelRunner:
         return torch.tensor(values, dtype=dtype).to(self.device, non_blocking=True)
 
 
+def _forbidden(sequences: list[Sequence], logits_BV: Tensor) -> Tensor | None:
+    """Stop tokens of the sequences that are still too short to stop."""
+    too_short = [s.num_new_tokens < s.params.min_new_tokens and bool(s.params.stop_token_ids) for s in sequences]
+    if not any(too_short):
+        return None
+    is_forbidden_BV = torch.zeros_like(logits_BV, dtype=torch.bool)
+    for row, sequence in enumerate(sequences):
+        if too_short[row]:
+            is_forbidden_BV[row, list(sequence.params.stop_token_ids)] = True
+    return is_forbidden_BV
+
+
 class _Batch:
     """Index tables of one pass, built once for all layers."""
 
-    def __init__(self, sequences: list[Sequence], block_size: int, device: torch.device) -> None:
+    def __init__(self, sequences: list[Sequence], block_size: int, like: Tensor) -> None:
+        device, dtype = like.device, like.dtype
         starts = np.array([s.num_computed_tokens for s in sequences])
         ends = np.array([len(s.tokens) for s in sequences])
         self.new_lengths: list[int] = (ends - starts).tolist()
@@ -117,8 +129,8 @@ class _Batch:
             positions_BQ = np.zeros((len(sequences), width), dtype=np.int64)
             positions_BQ[rows, columns] = positions
             self.block_tables = torch.from_numpy(tables).to(device)
-            visible = np.arange(tables.shape[1] * block_size) <= positions_BQ[:, :, None]
-            self.is_visible_BQL = torch.from_numpy(visible).to(device)
+            is_visible = np.arange(tables.shape[1] * block_size) <= positions_BQ[:, :, None]
+            self.bias_BQL = torch.from_numpy(np.where(is_visible, 0.0, -np.inf)).to(device, dtype)
 
 
 class _PagedAttend:
@@ -133,18 +145,16 @@ class _PagedAttend:
 
     def __call__(self, layer_index: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
         batch = self.batch
-        k_cache, v_cache = self.kv_cache[layer_index]
-        k_cache.flatten(1, 2).index_copy_(1, batch.new_slots, k_TKH.transpose(0, 1))
-        v_cache.flatten(1, 2).index_copy_(1, batch.new_slots, v_TKH.transpose(0, 1))
+        cache = self.kv_cache[layer_index]
+        new_rows = torch.cat((k_TKH, v_TKH), dim=1).transpose(0, 1)
+        cache.flatten(2, 3).flatten(0, 1).index_copy_(1, batch.new_slots, new_rows)
         if batch.packed is not None:
             return batch.packed(layer_index, q_TNH, k_TKH, v_TKH)
-        count, width = batch.is_visible_BQL.shape[:2]
+        count, width = batch.bias_BQL.shape[:2]
         if width == 1:
-            return paged_attention(q_TNH[:, None], k_cache, v_cache, batch.block_tables, batch.is_visible_BQL)[:, 0]
+            return paged_attention(q_TNH[:, None], cache, batch.block_tables, batch.bias_BQL)[:, 0]
         q_BQNH = q_TNH.new_zeros(count * width, *q_TNH.shape[1:]).index_copy_(0, batch.padded_rows, q_TNH)
-        out = paged_attention(
-            q_BQNH.unflatten(0, (count, width)), k_cache, v_cache, batch.block_tables, batch.is_visible_BQL
-        )
+        out = paged_attention(q_BQNH.unflatten(0, (count, width)), cache, batch.block_tables, batch.bias_BQL)
         return out.flatten(0, 1)[batch.padded_rows]
 
 

@@ -65,14 +65,22 @@ def sample(
     *,
     top_p_B: Tensor | None = None,
     top_k_B: Tensor | None = None,
+    is_forbidden_BV: Tensor | None = None,
+    has_greedy: bool = True,
 ) -> Sampled:
     """Draw one token per row by inverting the cumulative distribution at `uniforms_B`.
 
     A temperature of 0 takes the largest logit; its log-prob is that of temperature 1. With `top_p_B` / `top_k_B`
-    (k <= 0: no limit) the log-prob is renormalised over the kept tokens.
+    (k <= 0: no limit) the log-prob is renormalised over the kept tokens, of which none is forbidden. Where nothing is
+    cut, forbidden tokens are not drawn but the log-prob stays the policy's own, over the whole vocabulary: that is what
+    the trainer computes. `has_greedy` False promises that no temperature is 0, which saves a pass.
     """
-    is_greedy_B = temperatures_B == 0
-    logits_BV = logits_BV.float() / torch.where(is_greedy_B, 1.0, temperatures_B)[:, None]
+    if has_greedy:
+        is_greedy_B = temperatures_B == 0
+        temperatures_B = temperatures_B.masked_fill(is_greedy_B, 1.0)
+    policy_logits_BV = logits_BV = logits_BV.float() / temperatures_B[:, None]
+    if is_forbidden_BV is not None:
+        logits_BV = logits_BV.masked_fill(is_forbidden_BV, float("-inf"))
     is_kept_BV = None
     if top_p_B is not None and top_k_B is not None:
         is_kept_BV = kept_tokens(logits_BV.softmax(-1), top_p_B, top_k_B)
@@ -83,8 +91,14 @@ def sample(
     tokens_B = (
         torch.searchsorted(cumulative_BV, thresholds_B1, right=True).squeeze(1).clamp_(max=logits_BV.shape[1] - 1)
     )
-    tokens_B = torch.where(is_greedy_B, logits_BV.argmax(-1), tokens_B)
-    return Sampled(tokens_B, log_probs_BV.gather(1, tokens_B[:, None]).squeeze(1), is_kept_BV)
+    if has_greedy:
+        tokens_B = torch.where(is_greedy_B, logits_BV.argmax(-1), tokens_B)
+    log_probs_B = log_probs_BV.gather(1, tokens_B[:, None]).squeeze(1)
+    if is_forbidden_BV is not None:
+        of_policy_B = policy_logits_BV.log_softmax(-1).gather(1, tokens_B[:, None]).squeeze(1)
+        is_cut_B = False if top_p_B is None or top_k_B is None else (top_p_B < 1) | (top_k_B > 0)
+        log_probs_B = torch.where(torch.as_tensor(is_cut_B, device=logits_BV.device), log_probs_B, of_policy_B)
+    return Sampled(tokens_B, log_probs_B, is_kept_BV)
 
 
 def kept_tokens(probs_BV: Tensor, top_p_B: Tensor, top_k_B: Tensor) -> Tensor:
@@ -96,6 +110,7 @@ def kept_tokens(probs_BV: Tensor, top_p_B: Tensor, top_k_B: Tensor) -> Tensor:
     mass_before = sorted_probs.double().cumsum(-1) - sorted_probs
     ranks = torch.arange(probs_BV.shape[1], device=probs_BV.device)
     limits = torch.where(top_k_B > 0, top_k_B, probs_BV.shape[1])
-    kept_sorted = (mass_before < top_p_B[:, None]) & (ranks < limits[:, None])
+    has_mass = (mass_before < top_p_B[:, None]) | (top_p_B >= 1)[:, None]
+    kept_sorted = has_mass & (ranks < limits[:, None])
     kept_sorted[:, 0] = True
     return torch.zeros_like(kept_sorted).scatter_(1, order, kept_sorted)

@@ -25,8 +25,17 @@ class Scheduler:
         """Queue a request.
 
         Raises:
-            RolloutError: it could never fit, even alone.
+            RolloutError: there is nothing to continue or to sample, or it could never fit, even alone.
         """
+        if not sequence.prompt:
+            raise RolloutError("prompt", [], "there is no token to continue.", "Start it with a token.")
+        if sequence.params.max_new_tokens < 1:
+            raise RolloutError(
+                "sampling_params['max_new_tokens']",
+                sequence.params.max_new_tokens,
+                "no token would be sampled.",
+                "Use 1 or more.",
+            )
         capacity = self.blocks.num_blocks * self.blocks.block_size
         longest = len(sequence.prompt) + sequence.params.max_new_tokens
         if longest > capacity:

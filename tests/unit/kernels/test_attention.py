@@ -28,7 +28,7 @@ def naive_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tens
     return torch.stack(rows).view(q.shape)
 
 
-@pytest.mark.parametrize("num_heads, num_keys", [(1, 1), (4, 2), (3, 1)])
+@pytest.mark.parametrize(("num_heads", "num_keys"), [(1, 1), (4, 2), (3, 1)])
 def test_the_specification_is_softmax_attention_over_each_documents_past(num_heads: int, num_keys: int) -> None:
     lengths = [3, 1, 5]
     q, k, v = heads(9, num_heads, num_keys)
@@ -52,23 +52,24 @@ def test_gradients_of_packed_attention_are_those_of_the_specification() -> None:
 
 
 def test_new_tokens_attend_to_all_cached_tokens_of_their_own_sequence() -> None:
-    """Two sequences in scattered slots, one with two new tokens and one with three."""
+    """Two sequences in scattered blocks of two slots, one with two new tokens and one with three."""
     lengths, new = [7, 4], [2, 3]
     q, k, v = heads(11, 4, 2)
-    slots = [[9, 2, 0, 5, 14, 3, 7], [1, 8, 4, 11]]
-    k_cache, v_cache = torch.full((2, 2, 16, 8), 1e9, dtype=torch.float64)
+    block_tables = torch.tensor([[4, 1, 0, 7], [3, 5, 0, 0]])
+    slots = [2 * block + offset for block in block_tables[0].tolist() for offset in range(2)][:7]
+    slots += [2 * block + offset for block in block_tables[1].tolist() for offset in range(2)][:4]
+    k_cache, v_cache = torch.full((2, 2, 8, 2, 8), 1e9, dtype=torch.float64)
     for cache, values in ((k_cache, k), (v_cache, v)):
-        cache[:, [*slots[0], *slots[1]]] = values.detach().transpose(0, 1)
+        cache.flatten(1, 2)[:, slots] = values.detach().transpose(0, 1)
     wanted = packed_attention_reference(q, k, v, lengths).split(lengths)
     queries = torch.zeros(2, 3, 4, 8, dtype=torch.float64)
-    visible = torch.zeros(2, 3, 7, dtype=torch.bool)
+    visible = torch.zeros(2, 3, 8, dtype=torch.bool)
     for row, (length, count) in enumerate(zip(lengths, new, strict=True)):
         queries[row, :count] = q.split(lengths)[row][length - count :].detach()
         for column in range(count):
             visible[row, column, : length - count + column + 1] = True
     visible[0, 2, 0] = True  # a padded query must see something
-    slots_BL = torch.tensor([slots[0], slots[1] + [slots[1][0]] * 3])
-    got = paged_attention(queries, k_cache, v_cache, slots_BL, visible)
+    got = paged_attention(queries, k_cache, v_cache, block_tables, visible)
     for row, count in enumerate(new):
-        # scores are softmaxed in fp32, whatever the inputs are
+        # Scores go through softmax in fp32, whatever the inputs are.
         torch.testing.assert_close(got[row, :count], wanted[row][-count:], rtol=1e-5, atol=1e-5)
