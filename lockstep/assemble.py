@@ -18,7 +18,7 @@ from lockstep.algorithms import AdvantageEstimator, loss_from_options, make_adva
 from lockstep.checkpoint.hf import load_hf_model, read_hf_config
 from lockstep.checkpoint.training import find_checkpoint
 from lockstep.config import Config
-from lockstep.config.hooks import load_function, our_path
+from lockstep.config.hooks import load_hook, load_optional_hook, our_path
 from lockstep.config.model_flags import check_model_flags
 from lockstep.data import load_tokenizer
 from lockstep.data.chat import SftTokenizer
@@ -28,7 +28,7 @@ from lockstep.models import Qwen3, Qwen3Config
 from lockstep.rewards import RewardPool
 from lockstep.rollout.embedded import EmbeddedEngine
 from lockstep.rollout.evaluation import load_eval_sets
-from lockstep.rollout.generate import RolloutContext
+from lockstep.rollout.generate import RolloutContext, generate_rollout
 from lockstep.rollout.hooks import RolloutHooks
 from lockstep.rollout.policy import Policy
 from lockstep.rollout.sft import SftRollout
@@ -116,7 +116,7 @@ def assemble(config: Config, stack: AsyncExitStack, on_sample: Callable[[int], N
             eval_sets=eval_sets,
             on_sample=lambda: on_sample(1),
         )
-    rollout_function = load_function(config.rollout.rollout_function_path, "--rollout-function-path")
+    rollout_function = _rollout_function(config.rollout.rollout_function_path, "--rollout-function-path")
     if is_sft and our_path(config.rollout.rollout_function_path) == _DEFAULT_ROLLOUT:
         rollout_function = SftRollout(SftTokenizer(tokenizer))
     eval_path = config.eval.eval_function_path or config.rollout.rollout_function_path
@@ -129,13 +129,15 @@ def assemble(config: Config, stack: AsyncExitStack, on_sample: Callable[[int], N
         engine=engine,
         data_source=data_source,
         rollout_function=rollout_function,
-        eval_function=load_function(eval_path, "--eval-function-path") if eval_sets else None,
+        eval_function=_rollout_function(eval_path, "--eval-function-path") if eval_sets else None,
         context=context,
         advantage_estimator=None if is_sft else _advantage_estimator(config),
-        reward_post_process=_optional(
+        reward_post_process=load_optional_hook(
             config.reward.custom_reward_post_process_path, "--custom-reward-post-process-path"
         ),
-        data_postprocess=_optional(config.rollout.rollout_data_postprocess_path, "--rollout-data-postprocess-path"),
+        data_postprocess=load_optional_hook(
+            config.rollout.rollout_data_postprocess_path, "--rollout-data-postprocess-path"
+        ),
         run_dir=Path(config.logging.run_dir),
         num_rollout=num_rollout,
         next_rollout_id=config.rollout.start_rollout_id or 0,
@@ -144,16 +146,18 @@ def assemble(config: Config, stack: AsyncExitStack, on_sample: Callable[[int], N
     return run
 
 
+def _rollout_function(path: str, option: str) -> Callable[..., Any]:
+    """Ours, or the user's, whose exceptions then name the option."""
+    if our_path(path) == _DEFAULT_ROLLOUT:
+        return generate_rollout
+    return load_hook(path, option)
+
+
 def _seed_generators(seed: int) -> None:
     """Start the global generators, which hooks may draw from, at the same place in every run."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-def _optional(path: str | None, option: str) -> Callable[..., Any] | None:
-    function: Callable[..., Any] | None = load_function(path, option) if path else None
-    return function
 
 
 def _advantage_estimator(config: Config) -> AdvantageEstimator:

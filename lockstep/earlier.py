@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def set_aside(folder: Path, names: Iterable[str]) -> Path | None:
-    """Move those of `names` that exist in `folder` into a new `folder/earlier-N`; returns it, None if there are none."""
+    """Move those of `names` that exist in `folder` into a new `folder/earlier-N`; returns it, or None for no names."""
     existing = [name for name in names if (folder / name).exists()]
     if not existing:
         return None

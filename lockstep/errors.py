@@ -71,11 +71,11 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except LockstepError:
         raise
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # torch.save says RuntimeError
         raise OutputError(
-            str(error.filename or path),
+            str(getattr(error, "filename", None) or path),
             "not writable",
-            f"the system says: {error.strerror or error}.",
+            f"the system says: {getattr(error, 'strerror', None) or str(error).splitlines()[0]}.",
             "Free space or fix the folder's permissions; with --load, a run goes on from its last checkpoint.",
         ) from error
 

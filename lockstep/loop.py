@@ -173,6 +173,9 @@ async def run_eval(run: Run, observer: Observer, rollout_id: int) -> dict[str, f
         output = await call_rollout(run, observer, run.eval_function, rollout_id, evaluation=True)
     if not isinstance(output, RolloutFnEvalOutput):
         output = RolloutFnEvalOutput(output)
+    if run.config.debug.save_debug_rollout_data is not None:
+        sets = [results.get("samples", []) for results in output.data.values()]
+        save_rollout(run.config.debug.save_debug_rollout_data, f"eval_{rollout_id}", sets)
     return observer.evaluation(rollout_id, output)
 
 
@@ -203,8 +206,9 @@ def save(run: Run, observer: Observer, state: dict[str, object]) -> None:
 def save_train_data(template: str, rollout_id: int, data: TrainingData) -> None:
     """Write what training gets, one dict a sample, with torch.save to the path with its `{rollout_id}` filled in."""
     path = Path(template.format(rollout_id=rollout_id))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save([vars(sample) for sample in data.train_samples], path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save([vars(sample) for sample in data.train_samples], path)
 
 
 def is_due(rollout_id: int, interval: int | None, is_last: bool) -> bool:

@@ -389,7 +389,7 @@ def _mean_nucleus(samples: Sequence[Sample]) -> dict[str, float]:
 
 
 def rollout_metrics(groups: Sequence[Group], args: Any) -> dict[str, float]:
-    """The `rollout/` metrics that follow from finished samples alone (also `passrate/` and `multi_turn/`, when asked for).
+    """The `rollout/` metrics that follow from finished samples alone (and `passrate/`, `multi_turn/` when asked for).
 
     Args:
         args: `config.args()`; read are reward_key, advantage_estimator, log_passrate, log_reward_category,

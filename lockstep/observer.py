@@ -11,7 +11,8 @@ from itertools import islice
 from typing import Any
 
 from lockstep import metrics as declared
-from lockstep.config.hooks import load_function
+from lockstep.config.hooks import load_optional_hook
+from lockstep.errors import writing
 from lockstep.report.samples import write_samples
 from lockstep.run import Run
 from lockstep.tracking.progress import Phase, RunProgress
@@ -72,8 +73,10 @@ class Observer:
         self.clock = clock
         logging = run.config.logging
         self._kept: list[dict[str, Any]] = []
-        self._rollout_log = _optional(logging.custom_rollout_log_function_path, "--custom-rollout-log-function-path")
-        self._eval_log = _optional(
+        self._rollout_log = load_optional_hook(
+            logging.custom_rollout_log_function_path, "--custom-rollout-log-function-path"
+        )
+        self._eval_log = load_optional_hook(
             logging.custom_eval_rollout_log_function_path, "--custom-eval-rollout-log-function-path"
         )
 
@@ -99,7 +102,7 @@ class Observer:
         if run.context is not None:
             counts = run.context.rewards.take_counts()
             for outcome in ("timeout", "exception", "crash", "invalid"):
-                metrics[f"rollout/reward_{outcome}"] = float(counts.get(outcome, 0))
+                metrics.setdefault(f"rollout/reward_{outcome}", float(counts.get(outcome, 0)))
             scored = sum(counts.get(name, 0) for name in ("ok", "timeout", "exception", "crash", "invalid"))
             if scored and counts.get("no_thinking_end", 0) == scored:
                 self.note(
@@ -158,10 +161,11 @@ class Observer:
         if "perf/actor_train_time" in metrics:
             metrics["perf/actor_train_tok_per_s"] = metrics["train/tokens"] / metrics["perf/actor_train_time"]
         declared.check(metrics)
-        if step >= 0 and self._kept:
-            write_samples(self.run.run_dir, step, self._kept)
-            self._kept = []
-        self.run.trackers.log(step, metrics)
+        with writing(self.run.run_dir):
+            if step >= 0 and self._kept:
+                write_samples(self.run.run_dir, step, self._kept)
+                self._kept = []
+            self.run.trackers.log(step, metrics)
         self.clock.progress.step(step, metrics)
 
     def keep_samples(self, rollout_id: int, data: TrainingData, policy: list[LogProbs]) -> None:
@@ -204,8 +208,3 @@ class Observer:
             "loss_mask": sample.loss_mask if sample.loss_mask is not None else [1] * sample.response_length,
             "eval": eval_set,
         }
-
-
-def _optional(path: str | None, option: str) -> Callable[..., Any] | None:
-    function: Callable[..., Any] | None = load_function(path, option) if path else None
-    return function

@@ -46,7 +46,7 @@ def make_training_data(
         _check(sample)
     train_samples = [_train_sample(sample) for sample in samples]
     if reward_post_process is not None:
-        advantages = torch.tensor(reward_post_process(args, samples)[1], dtype=torch.float32)
+        advantages = _post_processed(reward_post_process(args, samples), len(samples))
     elif advantage_estimator is not None:
         rewards = torch.tensor([float(sample.get_reward_value(args)) for sample in samples], dtype=torch.float32)
         group_ids = torch.tensor([i for i, group in enumerate(groups) for _ in group])
@@ -69,6 +69,22 @@ def make_training_data(
             train_samples[i].loss_weight = weight
         steps.append([train_samples[i] for i in members])
     return TrainingData(samples, train_samples, steps)
+
+
+def _post_processed(answer: Any, num_samples: int) -> Tensor:
+    """The normalised rewards of what `--custom-reward-post-process-path` returned."""
+    try:
+        _, normalised = answer
+        advantages = torch.tensor(normalised, dtype=torch.float32)
+    except (TypeError, ValueError) as error:
+        problem = f"it is not a pair of lists of numbers ({error})."
+    else:
+        if advantages.shape == (num_samples,) and advantages.isfinite().all():
+            return advantages
+        problem = f"its second list must hold {num_samples} finite numbers, one per sample."
+    raise RolloutError(
+        "--custom-reward-post-process-path", repr(answer)[:80], problem, "Return (raw rewards, normalised rewards)."
+    )
 
 
 def _split_by_rollout(samples: list[Sample], num_steps: int) -> list[list[int]]:

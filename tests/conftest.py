@@ -1,3 +1,8 @@
 """Its presence puts this folder on the import path: `tiny_models` serves tests of several rooms."""
 
 from __future__ import annotations
+
+import os
+
+# The tensors of tests are tiny: more OpenMP threads only wait for each other. Read when torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -76,10 +76,12 @@ def main(output: Path | None) -> None:
 
 
 def response_lengths() -> list[int]:
-    """Lengths of the responses: log-normal (sigma 0.8) around the mean, capped, the same in every run."""
-    drawn = np.random.default_rng(0).lognormal(sigma=0.8, size=NUM_REQUESTS)
-    lengths = np.clip(drawn * MEAN_TOKENS / drawn.mean(), 1, CAP_TOKENS)
-    return [int(n) for n in lengths.round()]
+    """Lengths of the responses: log-normal (sigma 1), capped, with this mean after the cap; the same in every run."""
+    drawn = np.random.default_rng(0).lognormal(sigma=1.0, size=NUM_REQUESTS)
+    scale = MEAN_TOKENS / drawn.mean()
+    for _ in range(20):
+        scale *= MEAN_TOKENS / np.clip(drawn * scale, 1, CAP_TOKENS).mean()
+    return [int(n) for n in np.clip(drawn * scale, 1, CAP_TOKENS).round()]
 
 
 def bench_sampling(model: Qwen3, lengths: list[int]) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def atomic_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
     except CheckpointError:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own words for a full disk
+    except (OSError, RuntimeError, SafetensorError) as error:  # the last two are torch's and safetensors' full disk
         reason = _reason(error, path)
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(

@@ -34,7 +34,8 @@ _COMPATIBILITY_HEAD = """\
 The argument arrays of a slime script are accepted as they stand. Each flag is one of four:
 
 - **same**: an option of Lockstep with slime's name and meaning ([options.md](options.md)).
-- **accepted**: may stay in the script; what it asks for happens anyway. A run says so once, with the reason.
+- **accepted**: may stay in the script; what it asks for happens anyway. A run says so once, with the reason. Where a
+  value is shown, others stop with a sentence that says what to use.
 - **later**: not there yet. The value shown works; any other stops the run with a sentence that says what to use.
 - **never**: does not fit Lockstep. The value shown works; any other stops in the same way.
 
@@ -58,9 +59,10 @@ A flag that is in neither list is an error that names the closest one.
   slime and wrong here: numbers with `million` or `billion` in words.
 - **Hooks** have slime's signatures. `args` is read-only, and options of slime that Lockstep has not got read there as
   their neutral value. slime's own paths (`slime.rollout.filter_hub...check_reward_nonzero_std`) are understood for the
-  default rollout, the default data source and that filter.
+  default rollout, SFT's rollout, the default data source and that filter.
 - **SGLang's arguments** (`--sglang-NAME`, `--router-NAME`, any name) are kept in the config. The embedded engine reads
-  `--sglang-mem-fraction-static` and `--sglang-cuda-graph-bs`; a run lists the others as not used.
+  `--sglang-mem-fraction-static` (on a GPU, the share of the memory beside the model that its KV cache may take); a run
+  lists the others as not used.
 
 <!-- Made from lockstep/config/compatibility.py by `python -m lockstep.config.docs`; change it there. -->
 """

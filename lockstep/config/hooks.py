@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
+import inspect
 import sys
+import traceback
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from lockstep.errors import OptionError
+from lockstep.errors import LockstepError, OptionError, RolloutError
 
 SLIME_PATHS = {
     "slime.rollout.sglang_rollout.generate_rollout": "lockstep.rollout.generate.generate_rollout",
@@ -49,6 +54,48 @@ def load_function(path: str, option: str = "hook path") -> Any:
     if not callable(found := getattr(module, name, None)):
         raise OptionError(option, path, _what_is_there(module, name), "Check the name after the last separator.")
     return found
+
+
+def load_hook(path: str, option: str) -> Callable[..., Any]:
+    """A user's function, plain or async, whose exceptions name the option and the line that raised.
+
+    Raises:
+        OptionError: it cannot be imported.
+    """
+    function = load_function(path, option)
+
+    @functools.wraps(function)
+    def guarded(*arguments: Any, **named: Any) -> Any:
+        with _blaming(option, path):
+            result = function(*arguments, **named)
+        return _guarded_await(result, option, path) if inspect.isawaitable(result) else result
+
+    return guarded
+
+
+def load_optional_hook(path: str | None, option: str) -> Callable[..., Any] | None:
+    return load_hook(path, option) if path else None
+
+
+async def _guarded_await(result: Awaitable[Any], option: str, path: str) -> Any:
+    with _blaming(option, path):
+        return await result
+
+
+@contextmanager
+def _blaming(option: str, path: str) -> Iterator[None]:
+    try:
+        yield
+    except LockstepError:
+        raise
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise RolloutError(
+            option,
+            path,
+            f"it raised {type(error).__name__}: {error} ({place.filename}:{place.lineno}, in {place.name}).",
+            "Fix the function; --debug-rollout-only and --load-debug-rollout-data help to try it alone.",
+        ) from error
 
 
 def _what_is_there(module: ModuleType, name: str) -> str:

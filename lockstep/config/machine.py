@@ -48,12 +48,12 @@ class SglangOptions(OptionGroup):
     """Arguments for SGLang: every `--sglang-NAME` and `--router-NAME`, without the prefix."""
 
     server_args: dict[str, Any] = Field(default_factory=dict)
-    """`--sglang-NAME value` for SGLang's servers. The embedded engine reads mem_fraction_static and cuda_graph_bs."""
+    """`--sglang-NAME value` for SGLang's servers. The embedded engine reads mem_fraction_static."""
     router_args: dict[str, Any] = Field(default_factory=dict)
     """`--router-NAME value` for SGLang's router."""
 
     @model_validator(mode="after")
-    def _what_the_embedded_engine_reads_must_be_numbers(self) -> SglangOptions:
+    def _memory_and_batch_sizes_must_be_numbers(self) -> SglangOptions:
         fraction, sizes = self.server_args.get("mem_fraction_static"), self.cuda_graph_bs
         if fraction is not None and not (isinstance(fraction, int | float) and 0 < fraction < 1):
             raise OptionError(
@@ -67,7 +67,7 @@ class SglangOptions(OptionGroup):
 
     @property
     def mem_fraction_static(self) -> float | None:
-        """Fraction of GPU memory for weights and KV cache."""
+        """Most of the GPU memory that is free beside the model which the KV cache may take, as a fraction."""
         value = self.server_args.get("mem_fraction_static")
         return None if value is None else float(value)
 
@@ -80,8 +80,7 @@ class SglangOptions(OptionGroup):
     @property
     def unused_by_the_embedded_engine(self) -> tuple[str, ...]:
         """Flags that only SGLang itself would obey."""
-        read = {"mem_fraction_static", "cuda_graph_bs"}
-        servers = [f"--sglang-{name}" for name in self.server_args if name not in read]
+        servers = [f"--sglang-{name}" for name in self.server_args if name != "mem_fraction_static"]
         return tuple(flag.replace("_", "-") for flag in (*servers, *(f"--router-{name}" for name in self.router_args)))
 
 

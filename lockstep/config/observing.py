@@ -65,11 +65,11 @@ class DebugOptions(OptionGroup):
     debug_train_only: bool = False
     """Sample nothing: train on stored rollouts (load_debug_rollout_data), or by sft_loss on the data itself."""
     save_debug_rollout_data: str | None = None
-    """File for each rollout's samples; `{rollout_id}` in it is replaced."""
+    """File for each rollout's samples; `{rollout_id}` in it is replaced, for evaluations by `eval_` and the number."""
     load_debug_rollout_data: str | None = None
     """File with a rollout's samples to train on; `{rollout_id}` in it is replaced. Implies debug_train_only."""
     load_debug_rollout_data_subsample: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Fraction of the loaded groups to keep."""
+    """Fraction of the loaded groups to keep, the first ones."""
     save_debug_train_data: str | None = None
     """File for each rollout's training data; `{rollout_id}` in it is replaced."""
 

@@ -8,16 +8,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lockstep.errors import DataError
+from lockstep.errors import DataError, writing
 from lockstep.types import Group, Sample
 
 
 def save_rollout(template: str, rollout_id: int | str, groups: list[Group]) -> None:
-    """Write `{"rollout_id", "samples": [dict]}` with torch.save, as slime does, to the path with its `{rollout_id}` filled in."""
+    """Write `{"rollout_id", "samples": [dict]}` as slime does, to the path with its `{rollout_id}` filled in."""
     path = Path(template.format(rollout_id=rollout_id))
-    path.parent.mkdir(parents=True, exist_ok=True)
     samples = [_plain(sample) for group in groups for sample in group]
-    torch.save({"rollout_id": rollout_id, "samples": samples}, path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"rollout_id": rollout_id, "samples": samples}, path)
 
 
 def load_rollout(template: str, rollout_id: int, *, subsample: float | None = None) -> list[Group]:

@@ -9,15 +9,17 @@ from __future__ import annotations
 import asyncio
 import copy
 import inspect
+import math
 import time
 from collections import Counter
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from itertools import groupby
+from numbers import Real
 from typing import Any
 
-from lockstep.errors import LockstepError, RolloutError
+from lockstep.errors import RolloutError
 from lockstep.metrics import eval_metrics
 from lockstep.rewards import Outcome, RewardOutcome, RewardPool
 from lockstep.rollout.evaluation import EvalSet
@@ -150,9 +152,12 @@ async def _finish_group(
         [_finish_sample(args, s, rollout_id, context, sampling_params, evaluation=evaluation) for s in group]
     )
     samples = [sample for siblings, _ in finished for sample in siblings]
+    outcomes = [outcome for _, outcomes in finished for outcome in outcomes]
     if args.group_rm:
-        return samples, await context.rewards.score_group(samples, evaluation=evaluation)
-    return samples, [outcome for _, outcomes in finished for outcome in outcomes]
+        outcomes = await context.rewards.score_group(samples, evaluation=evaluation)
+    for sample in samples:
+        _require_number(sample, _reward_value(args, sample, evaluation=evaluation))
+    return samples, outcomes
 
 
 async def _finish_sample(
@@ -180,24 +185,12 @@ async def _call_generate(
     args: Any, sample: Sample, hooks: RolloutHooks, sampling_params: dict[str, Any], evaluation: bool
 ) -> list[Sample]:
     custom = hooks.generate_function(sample)
-    try:
-        if custom is None:
-            result: Any = await generate(args, sample, sampling_params)
-        elif "evaluation" in inspect.signature(custom).parameters:
-            result = await custom(args, sample, sampling_params, evaluation=evaluation)
-        else:
-            result = await custom(args, sample, sampling_params)
-    except LockstepError:
-        raise
-    except Exception as error:
-        if custom is None:
-            raise
-        raise RolloutError(
-            "--custom-generate-function-path",
-            getattr(custom, "__qualname__", repr(custom)),
-            f"it raised {type(error).__name__} for sample {sample.index}: {error}.",
-            "Fix the function; to give a sample up, set its status to FAILED and return it.",
-        ) from error
+    if custom is None:
+        result: Any = await generate(args, sample, sampling_params)
+    elif "evaluation" in inspect.signature(custom).parameters:
+        result = await custom(args, sample, sampling_params, evaluation=evaluation)
+    else:
+        result = await custom(args, sample, sampling_params)
     siblings: list[Sample] = result if isinstance(result, list) else [result]
     if not all(isinstance(s, Sample) for s in siblings):
         raise RolloutError(
@@ -235,16 +228,28 @@ async def _evaluate(args: Any, rollout_id: int, context: RolloutContext) -> Roll
         last_siblings = {sample.rollout_id: sample for group, _ in finished for sample in group}
         samples = list(last_siblings.values())
         data[eval_set.name] = {
-            "rewards": [0.0 if s.reward is None else _eval_reward(args, s) for s in samples],
+            "rewards": [float(_reward_value(args, s, evaluation=True) or 0.0) for s in samples],
             "truncated": [s.status is Sample.Status.TRUNCATED for s in samples],
             "samples": samples,
         }
     return RolloutFnEvalOutput(data, eval_metrics(data, args))
 
 
-def _eval_reward(args: Any, sample: Sample) -> float:
-    key = args.eval_reward_key or args.reward_key
-    return float(sample.reward[key] if key and isinstance(sample.reward, dict) else sample.reward)  # type: ignore[arg-type]
+def _reward_value(args: Any, sample: Sample, *, evaluation: bool) -> Any:
+    """The number that counts, None for a sample that lost its reward."""
+    key = (evaluation and args.eval_reward_key) or args.reward_key
+    return sample.reward.get(key) if key and isinstance(sample.reward, dict) else sample.reward
+
+
+def _require_number(sample: Sample, value: Any) -> None:
+    if sample.reward is None or (isinstance(value, Real) and math.isfinite(value)):
+        return
+    raise RolloutError(
+        f"reward of sample {sample.index}",
+        sample.reward,
+        "it is not a finite number, nor does it hold one under --reward-key.",
+        "Return a number, or a dict together with --reward-key.",
+    )
 
 
 def _add_cache_metrics(metrics: dict[str, float], groups: list[Group]) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lockstep.config import Config
-from lockstep.config.hooks import load_function
+from lockstep.config.hooks import load_hook, load_optional_hook
 from lockstep.errors import RolloutError
 from lockstep.types import DynamicFilterOutput, Group, Sample
 
@@ -29,20 +29,21 @@ class RolloutHooks:
     def from_config(cls, config: Config) -> RolloutHooks:
         options = config.rollout
         return cls(
-            generate=_load(options.custom_generate_function_path, "--custom-generate-function-path"),
-            dynamic_filter=_load(options.dynamic_sampling_filter_path, "--dynamic-sampling-filter-path"),
+            generate=load_optional_hook(options.custom_generate_function_path, "--custom-generate-function-path"),
+            dynamic_filter=load_optional_hook(options.dynamic_sampling_filter_path, "--dynamic-sampling-filter-path"),
             sample_hooks=tuple(
-                load_function(path, "--rollout-sample-hook-path") for path in options.rollout_sample_hook_path
+                load_hook(path, "--rollout-sample-hook-path") for path in options.rollout_sample_hook_path
             ),
-            sample_filter=_load(options.rollout_sample_filter_path, "--rollout-sample-filter-path"),
-            all_samples_process=_load(options.rollout_all_samples_process_path, "--rollout-all-samples-process-path"),
+            sample_filter=load_optional_hook(options.rollout_sample_filter_path, "--rollout-sample-filter-path"),
+            all_samples_process=load_optional_hook(
+                options.rollout_all_samples_process_path, "--rollout-all-samples-process-path"
+            ),
         )
 
     def generate_function(self, sample: Sample) -> GenerateFunction | None:
         """The sample's own generate function, else the run's."""
         if sample.generate_function_path:
-            function: GenerateFunction = load_function(sample.generate_function_path, "generate_function_path")
-            return function
+            return load_hook(sample.generate_function_path, "generate_function_path")
         return self.generate
 
     def verdict(self, args: Any, group: Group) -> DynamicFilterOutput:
@@ -67,6 +68,13 @@ class RolloutHooks:
             if inspect.isawaitable(answer):
                 answer = await answer
             sample = sample if answer is None else answer
+            if not isinstance(sample, Sample):
+                raise RolloutError(
+                    "--rollout-sample-hook-path",
+                    repr(sample)[:80],
+                    "the hook returned neither a Sample nor None.",
+                    "Return the sample, or nothing to keep it.",
+                )
         return sample
 
 
@@ -75,7 +83,3 @@ def check_nonzero_std(args: Any, samples: Group, **_: Any) -> DynamicFilterOutpu
     rewards = [sample.get_reward_value(args) for sample in samples]
     keep = len(set(rewards)) > 1
     return DynamicFilterOutput(keep=keep, reason=None if keep else f"zero_std_{round(rewards[0], 1)}")
-
-
-def _load(path: str | None, option: str) -> Any:
-    return load_function(path, option) if path else None

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import psutil
 import pytest
+import torch
 from safetensors.torch import save_file
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+from lockstep.checkpoint.tensors import load_tensors
 
 HERE = Path(__file__).parent
 PREPARE = HERE.parents[1] / "recipes" / "quickstart" / "prepare.py"
@@ -109,7 +116,7 @@ class Workshop:
         return ["train", *flags(self.options(run, **changes))]
 
 
-def start(*words: str, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+def start(*words: str, env: dict[str, str] | None = None, **popen: Any) -> subprocess.Popen[str]:
     """`lockstep` as a process of its own, in a process group of its own."""
     return subprocess.Popen(
         [sys.executable, "-m", "lockstep", *words],
@@ -118,6 +125,7 @@ def start(*words: str, env: dict[str, str] | None = None) -> subprocess.Popen[st
         text=True,
         start_new_session=True,
         env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"} | (env or {}),
+        **popen,
     )
 
 
@@ -132,9 +140,11 @@ def finish(process: subprocess.Popen[str], timeout: float = TIMEOUT_S) -> subpro
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
-def run(*words: str, env: dict[str, str] | None = None, code: int = 0) -> subprocess.CompletedProcess[str]:
+def run(
+    *words: str, env: dict[str, str] | None = None, code: int = 0, **popen: Any
+) -> subprocess.CompletedProcess[str]:
     """Run `lockstep` to its end and check the exit code."""
-    done = finish(start(*words, env=env))
+    done = finish(start(*words, env=env, **popen))
     assert done.returncode == code, f"exit code {done.returncode}, expected {code}:\n{done.stdout}\n{done.stderr}"
     return done
 
@@ -143,6 +153,40 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """Every step of metrics.jsonl without what depends on the clock."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in row.items() if not name.startswith("perf/")} for row in rows]
+
+
+def checkpoint_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a training checkpoint by name."""
+    stored = FileSystemReader(str(folder)).read_metadata().state_dict_metadata
+    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in stored.items()}
+    load_tensors(folder, tensors)
+    return tensors
+
+
+def assert_same_checkpoint(folder: Path, expected: Path) -> None:
+    """Bit for bit, counters and random states included."""
+    assert json.loads((folder / "state.json").read_text()) == json.loads((expected / "state.json").read_text())
+    tensors, others = checkpoint_tensors(folder), checkpoint_tensors(expected)
+    assert tensors.keys() == others.keys()
+    assert [name for name in tensors if not torch.equal(tensors[name], others[name])] == []
+
+
+def living(token: str) -> list[int]:
+    """Processes that carry `E2E_TOKEN=token` in their environment."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("E2E_TOKEN") == token and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process.pid)
+    return found
+
+
+def assert_nobody_lives(token: str) -> None:
+    """The processes of a run are gone, at the latest after a moment."""
+    deadline = time.monotonic() + 10
+    while living(token):
+        assert time.monotonic() < deadline, f"processes {living(token)} outlived their run"
+        time.sleep(0.05)
 
 
 @pytest.fixture(scope="session")

@@ -245,3 +245,59 @@ def test_eval_metrics_of_two_sets():
     assert (result["eval/sums-pass@1"], result["eval/sums-pass@2"]) == (0.25, 0.5)
     assert (result["eval/products"], result["eval/products-pass@2"]) == (1.0, 1.0)
     metrics.check(result)
+
+
+# ---- --log-multi-turn and --log-correct-samples
+
+
+def test_turns_are_measured_with_and_without_the_tools_tokens():
+    samples = [
+        sample(1.0, length=4, loss_mask=[1, 0, 0, 1], metadata={"round_number": 3}),
+        sample(0.0, length=8, metadata={"round_number": 1}),
+    ]
+    of_turns = {
+        name.removeprefix("multi_turn/"): value
+        for name, value in metrics.rollout_metrics([samples], args(log_multi_turn=True)).items()
+        if name.startswith("multi_turn/")
+    }
+    assert of_turns == {
+        "raw_response_length/response_length_mean": 6.0,
+        "raw_response_length/response_length_max": 8.0,
+        "raw_response_length/response_length_min": 4.0,
+        "raw_response_length/response_length_clip_ratio": 0.5,
+        "wo_obs_response_length/response_length_mean": 5.0,
+        "wo_obs_response_length/response_length_max": 8.0,
+        "wo_obs_response_length/response_length_min": 2.0,
+        "multi_turn_metric/round_number_mean": 2.0,
+        "multi_turn_metric/round_number_max": 3.0,
+        "multi_turn_metric/round_number_min": 1.0,
+    }
+    metrics.check(f"multi_turn/{name}" for name in of_turns)
+
+
+def test_turns_are_not_counted_unless_a_generate_function_counts_them():
+    found = metrics.rollout_metrics([[sample(1.0)]], args(log_multi_turn=True))
+    assert [name for name in found if "round_number" in name] == []
+    assert [name for name in metrics.rollout_metrics([[sample(1.0)]], args()) if "multi_turn" in name] == []
+
+
+def test_correct_samples_are_measured_apart():
+    samples = [
+        sample(1.0, length=1),
+        sample(1.0, length=2, loss_mask=[0, 1]),
+        sample(0.5, length=8),
+        sample(1.0, length=5),
+        sample(1.0, length=12),
+    ]
+    log_probs = [[-1.0], [-9.0, -2.0], [-7.0] * 8, [-3.0] * 5, [-6.0] * 12]
+    found = metrics.correct_sample_metrics(samples, log_probs, args(rollout_max_response_len=8))
+    assert found == {
+        "rollout/correct_response_lengths": 5.0,
+        "rollout/correct_entropy": 3.0,
+        "rollout/correct_length/p25": 0.5,
+        "rollout/correct_length/p50": 0.0,
+        "rollout/correct_length/p75": 0.25,
+        "rollout/correct_length/p100": 0.25,
+    }
+    metrics.check(found)
+    assert metrics.correct_sample_metrics(samples[2:3], log_probs[2:3], args()) == {}

@@ -96,6 +96,13 @@ class EmbeddedEngine:
                 finished.append(sequence)
         return finished
 
+    def _step_until_news(self) -> list[Sequence]:
+        """Steps until a sequence finishes, a request arrives or an abort is asked for: one thread switch for many."""
+        finished = self.step()
+        while not finished and not self._inbox and not any(s.finish_reason for s in self.scheduler.running):
+            finished = self.step()
+        return finished
+
     def abort_all(self) -> None:
         """End every request with what it has, after the step that is running; call it from the event loop."""
         for sequence in self._unanswered:
@@ -134,10 +141,11 @@ class EmbeddedEngine:
                 raise
 
     async def _step_on_thread(self) -> list[Sequence]:
-        step = asyncio.get_running_loop().run_in_executor(self._thread, self.step)
+        step = asyncio.get_running_loop().run_in_executor(self._thread, self._step_until_news)
         try:
             return await asyncio.shield(step)
         except asyncio.CancelledError:
+            self.abort_all()
             await asyncio.wait([step])  # it works on the scheduler's lists, which the caller is about to empty
             raise
 
@@ -146,9 +154,11 @@ class EmbeddedEngine:
         for sequence in [*self._unanswered]:
             self._answer(sequence, error)
         self._inbox.clear()
-        for sequence in [*self.scheduler.running, *self.scheduler.waiting]:
+        unfinished = [*self.scheduler.running, *self.scheduler.waiting]
+        for sequence in unfinished:
             self.scheduler.finish(sequence)
-        self.blocks.forget_prefixes()
+        if unfinished:
+            self.blocks.forget_prefixes()
 
     def _admit_inbox(self) -> None:
         arrived, self._inbox = self._inbox, []

@@ -31,7 +31,8 @@ def _last_name(node: ast.expr) -> str | None:
 def options_read() -> set[str]:
     """Options that code outside lockstep/config reads, itself or through a property of their group."""
     config = PACKAGE / "config"
-    outside = {path for path in PACKAGE.rglob("*.py") if config not in path.parents} | {config / "parsing.py"}
+    outside = {path for path in PACKAGE.rglob("*.py") if config not in path.parents}
+    outside |= {config / "config.py", config / "parsing.py"}
     found = set().union(*(names_read(ast.parse(path.read_text()), OWNERS) for path in outside))
     for path in config.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
