@@ -129,7 +129,7 @@ def assemble(config: Config, stack: AsyncExitStack, on_sample: Callable[[int], N
         engine=engine,
         data_source=data_source,
         rollout_function=rollout_function,
-        eval_function=_rollout_function(eval_path, "--eval-function-path") if eval_sets else None,
+        eval_function=_rollout_function(eval_path, "--eval-function-path") if eval_sets and context else None,
         context=context,
         advantage_estimator=None if is_sft else _advantage_estimator(config),
         reward_post_process=load_optional_hook(

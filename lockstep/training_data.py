@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -57,11 +57,12 @@ def make_training_data(
         advantages = _whitened(advantages, samples, train_samples)
     for train_sample, advantage in zip(train_samples, advantages.tolist(), strict=True):
         train_sample.advantage = advantage
+    rollout_ids = _rollout_ids(samples)
     steps = []
-    for members in _split_by_rollout(samples, num_steps):
+    for members in _split_by_rollout(rollout_ids, num_steps):
         weights = sample_loss_weights(
             [sum(train_samples[i].loss_mask) for i in members],
-            [samples[i].rollout_id for i in members],
+            [rollout_ids[i] for i in members],
             removed=[samples[i].remove_sample for i in members],
             calculate_per_token_loss=args.calculate_per_token_loss,
         )
@@ -87,9 +88,18 @@ def _post_processed(answer: Any, num_samples: int) -> Tensor:
     )
 
 
-def _split_by_rollout(samples: list[Sample], num_steps: int) -> list[list[int]]:
-    """Indices of each step's samples: consecutive rollouts, as evenly as they divide."""
-    rollouts = [list(members) for _, members in groupby(range(len(samples)), key=lambda i: samples[i].rollout_id)]
+def _rollout_ids(samples: list[Sample]) -> list[int]:
+    """The rollout of each sample; one without an id is a rollout of its own, named by its index or its position."""
+    names = [sample.index if sample.rollout_id is None else sample.rollout_id for sample in samples]
+    return [-1 - position if name is None else name for position, name in enumerate(names)]
+
+
+def _split_by_rollout(rollout_ids: list[int], num_steps: int) -> list[list[int]]:
+    """Indices of each step's samples: whole rollouts in the order of their first samples, as evenly as they divide."""
+    by_rollout: dict[int, list[int]] = {}
+    for index, rollout_id in enumerate(rollout_ids):
+        by_rollout.setdefault(rollout_id, []).append(index)
+    rollouts = list(by_rollout.values())
     borders = [len(rollouts) * step // num_steps for step in range(num_steps + 1)]
     return [[i for members in rollouts[begin:end] for i in members] for begin, end in pairwise(borders) if begin < end]
 
@@ -120,15 +130,16 @@ def _train_sample(sample: Sample) -> TrainSample:
 def _check(sample: Sample) -> None:
     """Refuse what a custom generate function may have left inconsistent."""
     length = sample.response_length
-    mask = sample.loss_mask if sample.loss_mask is not None else [1] * length
-    log_probs = sample.rollout_log_probs if sample.rollout_log_probs is not None else [0.0] * length
-    problem = None
+    mask, log_probs, routes = sample.loss_mask, sample.rollout_log_probs, sample.rollout_routed_experts
+    problem = _nucleus_problem(sample)
     if not 0 < length < len(sample.tokens):
         problem = f"it has {len(sample.tokens)} tokens, {length} of them response; both parts need at least one."
-    elif len(mask) != length:
+    elif mask is not None and len(mask) != length:
         problem = f"loss_mask has {len(mask)} entries for {length} response tokens."
-    elif len(log_probs) != length:
+    elif log_probs is not None and len(log_probs) != length:
         problem = f"rollout_log_probs has {len(log_probs)} entries for {length} response tokens."
+    elif routes is not None and len(routes) >= len(sample.tokens):
+        problem = f"rollout_routed_experts has {len(routes)} rows for {len(sample.tokens) - 1} predictions."
     if problem:
         raise RolloutError(
             f"sample {sample.index}",
@@ -136,3 +147,18 @@ def _check(sample: Sample) -> None:
             problem,
             "Use Sample.append_response_tokens in custom generate functions: it keeps the lists in step.",
         )
+
+
+def _nucleus_problem(sample: Sample) -> str | None:
+    ids, borders = sample.rollout_top_p_token_ids, sample.rollout_top_p_token_offsets
+    if ids is None and borders is None:
+        return None
+    if ids is None or borders is None:
+        return "rollout_top_p_token_ids and rollout_top_p_token_offsets belong together, and one is missing."
+    is_in_order = borders[:1] == [0] and borders[-1] == len(ids) and all(a <= b for a, b in pairwise(borders))
+    if is_in_order and len(borders) <= sample.response_length + 1:
+        return None
+    return (
+        f"rollout_top_p_token_offsets must rise from 0 to {len(ids)}, the kept tokens, with at most one border "
+        f"more than the {sample.response_length} response tokens."
+    )

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
 import signal
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lockstep.rollout import current_policy
+from lockstep.rollout.generate import generate_rollout
 from lockstep.types import DynamicFilterOutput, Sample
 
 MOMENT = os.environ.get("E2E_MOMENT", "")
@@ -41,6 +45,124 @@ def endless(args: Any, sample: Sample) -> float:
     Path(os.environ["E2E_MARKER"]).touch()
     while True:
         time.sleep(60)
+
+
+def ranks(args: Any, samples: list[Sample]) -> list[float]:
+    """A reward of the whole group: each sample's place in it."""
+    record("ranks", [sample.index for sample in samples])
+    return [float(place) for place in range(len(samples))]
+
+
+async def constant_in_odd_groups(args: Any, sample: Sample) -> float:
+    return 0.5 if sample.group_index % 2 else float(sample.index)
+
+
+def hangs_at_first(args: Any, sample: Sample) -> float:
+    """The first of every four samples never gets its reward."""
+    if sample.index % 4 == 0:
+        time.sleep(60)
+    return float(sample.index)
+
+
+def hangs_in_the_first_group(args: Any, sample: Sample) -> float:
+    if sample.group_index == 0:
+        time.sleep(60)
+    return float(sample.index)
+
+
+async def fails_at_once_where_deferred(args: Any, sample: Sample) -> float:
+    """The groups that a rollout of three needs take their time, the others fail long before."""
+    if sample.group_index % 9 >= 3:
+        raise RuntimeError("no reward")
+    await asyncio.sleep(0.3)
+    return float(sample.index)
+
+
+def as_dict(args: Any, sample: Sample) -> dict[str, float]:
+    return {"score": float(sample.index), "other": -1.0}
+
+
+def by_metadata(args: Any, sample: Sample) -> float:
+    """What the sample hook has left."""
+    return float(sample.metadata["stamp"])
+
+
+# What a rollout is made of
+
+
+async def two_turns(args: Any, sample: Sample, sampling_params: dict[str, Any]) -> Sample:
+    """The policy, a tool, the policy again."""
+    policy = current_policy()
+    policy.start(sample)
+    await policy.extend(sample, sampling_params | {"max_new_tokens": 4})
+    answer = policy.tokenizer.encode("=42?", add_special_tokens=False)
+    sample.append_response_tokens(args, tokens=answer, trainable=False, text="=42?")
+    await policy.extend(sample, sampling_params | {"max_new_tokens": 3})
+    return sample
+
+
+async def groups_only(args: Any, rollout_id: int, data_source: Any, evaluation: bool = False) -> Any:
+    """A rollout function in slime's older form: plain groups."""
+    return (await generate_rollout(args, rollout_id, data_source)).samples
+
+
+def stamp(args: Any, sample: Sample, *, rollout_id: int, evaluation: bool) -> Sample:
+    """Hand on another object, marked."""
+    return replace(sample, metadata=sample.metadata | {"stamp": -1 if evaluation else sample.index})
+
+
+def remove_best(args: Any, samples: list[list[Sample]]) -> None:
+    for group in samples:
+        max(group, key=lambda s: s.reward).remove_sample = True
+
+
+def newest_first(args: Any, rollout_id: int | None, buffer: list[list[Sample]], num_samples: int) -> list[list[Sample]]:
+    """Take from the end of the buffer."""
+    record("newest_first", [group[0].group_index for group in buffer])
+    picked = buffer[-num_samples:]
+    del buffer[-num_samples:]
+    return picked
+
+
+def see_all_samples(args: Any, all_samples: list[list[Sample]], data_source: Any) -> None:
+    record("see_all_samples", [group[0].group_index for group in all_samples])
+
+
+def no_advantages(args: Any, rollout_id: int, rollout_data: Any) -> None:
+    for sample in rollout_data.train_samples:
+        sample.advantage = 0.0
+
+
+def negated(args: Any, samples: list[Sample]) -> tuple[list[float], list[float]]:
+    return [s.reward for s in samples], [-float(s.index) for s in samples]
+
+
+def log_rollout(rollout_id: int, args: Any, samples: list[Sample], extra_metrics: dict[str, Any], seconds: float) -> bool:
+    record("log_rollout", [rollout_id, len(samples), extra_metrics["rollout/prompts_trained"], seconds > 0])
+    return rollout_id == 0
+
+
+def log_eval(rollout_id: int, args: Any, data: dict[str, Any], extra_metrics: dict[str, Any] | None) -> bool:
+    record("log_eval", [rollout_id, len(data["heldout"]["rewards"])])
+    return rollout_id == -1
+
+
+def raises(*arguments: Any, **named: Any) -> Any:
+    raise KeyError("missing piece")
+
+
+def nonsense(*arguments: Any, **named: Any) -> Any:
+    return "nonsense"
+
+
+async def nonsense_later(args: Any, sample: Sample, sampling_params: dict[str, Any]) -> Any:
+    return "nonsense"
+
+
+def record(name: str, values: Any) -> None:
+    """Append what a hook has seen to the file of this run's calls."""
+    with Path(os.environ["E2E_CALLS"]).open("a") as file:
+        file.write(json.dumps([name, values]) + "\n")
 
 
 # Moments of a step

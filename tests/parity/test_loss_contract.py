@@ -172,8 +172,8 @@ def test_the_loss_is_the_naive_loops_and_does_not_depend_on_how_the_batch_is_cut
         order = draw.sample(range(len(samples)), len(samples))
         other, other_gradients, _ = gradient_step(theirs, kind, cut, per_token=per_token, order=order)
         for key in metrics:
-            # The loss sums terms of order 1 that nearly cancel: fp32 leaves 1e-7 of them.
-            assert other[key] == pytest.approx(metrics[key], rel=1e-6, abs=1e-7), (name, key)
+            # Signed terms nearly cancel; 5e-7 is 1e-6 of their mean size, which is about a half.
+            assert other[key] == pytest.approx(metrics[key], rel=1e-6, abs=5e-7), (name, key)
         worst = max(relative_error(other_gradients[n], g) for n, g in gradients.items())
         assert worst < 1e-5, name
 

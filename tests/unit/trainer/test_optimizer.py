@@ -49,7 +49,8 @@ def test_steps_are_those_of_adamw_after_clipping_by_the_global_norm(clip_grad: f
         reference.zero_grad()
         assert optimizer.step(rate) == pytest.approx(float(wanted_norm), rel=1e-6)
         for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
-            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
+            # Fused and plain AdamW round differently, by 1e-4 of a step.
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-4 * HYPER["lr"])
             assert p.grad is None
 
 
