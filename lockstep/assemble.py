@@ -18,7 +18,7 @@ from lockstep.algorithms import AdvantageEstimator, loss_from_options, make_adva
 from lockstep.checkpoint.hf import load_hf_model, read_hf_config
 from lockstep.checkpoint.training import find_checkpoint
 from lockstep.config import Config
-from lockstep.config.hooks import load_hook, load_optional_hook, our_path
+from lockstep.config.hooks import load_function, load_hook, load_optional_hook, our_path
 from lockstep.config.model_flags import check_model_flags
 from lockstep.data import load_tokenizer
 from lockstep.data.chat import SftTokenizer
@@ -71,6 +71,8 @@ def assemble(config: Config, stack: AsyncExitStack, on_sample: Callable[[int], N
     tokenizer: Any = load_tokenizer(hf_folder)
     _check_tokenizer(tokenizer, model_config)
     args = config.args()
+    if config.reward.custom_rm_path is not None:
+        load_function(config.reward.custom_rm_path, "--custom-rm-path")  # runs in workers; a typo is found here
     is_sft = config.algorithm.loss_type == "sft_loss"
     data_source = make_data_source(config, tokenizer)
     num_rollout = _num_rollout(config, data_source)

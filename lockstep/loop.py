@@ -6,23 +6,25 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from lockstep.assemble import assemble
+from lockstep.checkpoint.hf import require_replaceable
 from lockstep.config import Config
 from lockstep.errors import writing
 from lockstep.observer import Clock, Observer
 from lockstep.parity import measure_parity, require_parity
 from lockstep.report import write_report
-from lockstep.rollout.debug_data import load_rollout, save_rollout
+from lockstep.rollout.debug_data import load_rollout, save_rollout, save_train_data
 from lockstep.run import Run, open_records, require_writable, save_run
+from lockstep.sampling import sample_eval_sets, sample_groups
 from lockstep.stopping import GracefulStop, Interrupted
+from lockstep.tracking.jsonl import plain_metrics
 from lockstep.tracking.progress import RunProgress
 from lockstep.trainer.engine import LogProbs
 from lockstep.training_data import TrainingData, make_training_data
-from lockstep.types import Group, RolloutFnEvalOutput, RolloutFnTrainOutput
+from lockstep.types import Group
 
 STOPPED = 130
 """Exit code of a run that was asked to stop and has saved where it was."""
@@ -33,6 +35,9 @@ def train(config: Config) -> int:
     require_writable("--run-dir", Path(config.logging.run_dir))
     if config.checkpoint.save is not None:
         require_writable("--save", Path(config.checkpoint.save))
+    if config.checkpoint.save_hf is not None:
+        target = Path(config.checkpoint.save_hf.format(rollout_id=0))
+        require_replaceable(target, source=Path(config.model.hf_checkpoint))
     code = asyncio.run(_with_run(config, _train))
     run_dir = Path(config.logging.run_dir)
     if (run_dir / "metrics.jsonl").stat().st_size:
@@ -80,7 +85,7 @@ async def finish_step(run: Run, observer: Observer, stop: GracefulStop, metrics:
     options, rollout_id = run.config, run.next_rollout_id - 1
     is_last = run.next_rollout_id == run.num_rollout
     if run.eval_function is not None and is_due(rollout_id, options.eval.eval_interval, is_last):
-        run.unlogged = metrics
+        run.unlogged = plain_metrics(metrics)
         try:
             metrics = metrics | await stop.abandonable(run_eval(run, observer, rollout_id))
         except Exception:
@@ -103,9 +108,7 @@ async def run_rollout(run: Run, observer: Observer, rollout_id: int) -> tuple[li
         )
         return groups, observer.rollout(rollout_id, groups, {})
     with observer.clock.phase("rollout", run.config.rollout.samples_per_rollout, "perf/rollout_time"):
-        output = await call_rollout(run, observer, run.rollout_function, rollout_id)
-    if not isinstance(output, RolloutFnTrainOutput):
-        output = RolloutFnTrainOutput(output)
+        output = await sample_groups(run, rollout_id)
     if debug.save_debug_rollout_data is not None:
         save_rollout(debug.save_debug_rollout_data, rollout_id, output.samples)
     return output.samples, observer.rollout(rollout_id, output.samples, output.metrics or {})
@@ -123,7 +126,7 @@ def train_on(run: Run, observer: Observer, rollout_id: int, groups: list[Group])
     if run.data_postprocess is not None:
         run.data_postprocess(run.args, rollout_id, data)
     if run.config.debug.save_debug_train_data is not None:
-        save_train_data(run.config.debug.save_debug_train_data, rollout_id, data)
+        save_train_data(run.config.debug.save_debug_train_data, rollout_id, data.train_samples)
     version = run.trainer.version
     before = prepare_log_probs(run, observer, data)
     with observer.clock.phase("train", len(data.samples), "perf/actor_train_time"):
@@ -170,29 +173,11 @@ async def run_eval(run: Run, observer: Observer, rollout_id: int) -> dict[str, f
         return {}
     total = sum(len(eval_set.samples) for eval_set in run.context.eval_sets)
     with observer.clock.phase("eval", total, "perf/eval_time"):
-        output = await call_rollout(run, observer, run.eval_function, rollout_id, evaluation=True)
-    if not isinstance(output, RolloutFnEvalOutput):
-        output = RolloutFnEvalOutput(output)
+        output = await sample_eval_sets(run, rollout_id)
     if run.config.debug.save_debug_rollout_data is not None:
         sets = [results.get("samples", []) for results in output.data.values()]
         save_rollout(run.config.debug.save_debug_rollout_data, f"eval_{rollout_id}", sets)
     return observer.evaluation(rollout_id, output)
-
-
-async def call_rollout(
-    run: Run, observer: Observer, function: Callable[..., Any], rollout_id: int, **named: bool
-) -> Any:
-    """Call a rollout or evaluation function on an engine that has the newest weights and no cache.
-
-    It always starts so, whatever ran before it in this process: a resumed run samples the same.
-    """
-    if run.engine is not None:
-        run.engine.set_version(run.trainer.version)
-    try:
-        return await observer.call(function, run.args, rollout_id, run.data_source, **named)
-    finally:
-        if run.engine is not None:
-            await run.engine.drain()
 
 
 def save(run: Run, observer: Observer, state: dict[str, object]) -> None:
@@ -201,14 +186,6 @@ def save(run: Run, observer: Observer, state: dict[str, object]) -> None:
         folder = save_run(run, state)
     if folder is not None:
         observer.note(f"saved {folder}")
-
-
-def save_train_data(template: str, rollout_id: int, data: TrainingData) -> None:
-    """Write what training gets, one dict a sample, with torch.save to the path with its `{rollout_id}` filled in."""
-    path = Path(template.format(rollout_id=rollout_id))
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save([vars(sample) for sample in data.train_samples], path)
 
 
 def is_due(rollout_id: int, interval: int | None, is_last: bool) -> bool:

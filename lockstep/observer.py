@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -80,29 +79,21 @@ class Observer:
             logging.custom_eval_rollout_log_function_path, "--custom-eval-rollout-log-function-path"
         )
 
-    async def call(self, function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-        """Call a rollout function, plain or async, with the run's rewards and engine in reach."""
-        assert self.run.context is not None or self.run.engine is None
-        if self.run.context is not None:
-            self.run.context.enter()
-        result = function(*arguments, **named)
-        return await result if inspect.isawaitable(result) else result
-
     def rollout(self, rollout_id: int, groups: list[Group], reported: dict[str, Any]) -> dict[str, float]:
-        """Metrics of a rollout's samples, its rewards and its data."""
+        """Metrics of a rollout's samples, its rewards and its data, and those that the rollout function reported."""
         run = self.run
         rollout_time = reported.get("perf/rollout_time", 0.0)
         if self._rollout_log is not None:
             samples = [sample for group in groups for sample in group]
             if self._rollout_log(rollout_id, run.args, samples, reported, rollout_time):
                 return {}
-        metrics = declared.rollout_metrics(groups, run.args) | reported | {"rollout/step": float(rollout_id)}
+        metrics = declared.rollout_metrics(groups, run.args) | {"rollout/step": float(rollout_id)}
         if rollout_time:
             metrics |= declared.rollout_perf_metrics(groups, rollout_time, 1)
         if run.context is not None:
             counts = run.context.rewards.take_counts()
             for outcome in ("timeout", "exception", "crash", "invalid"):
-                metrics.setdefault(f"rollout/reward_{outcome}", float(counts.get(outcome, 0)))
+                metrics[f"rollout/reward_{outcome}"] = float(counts.get(outcome, 0))
             scored = sum(counts.get(name, 0) for name in ("ok", "timeout", "exception", "crash", "invalid"))
             if scored and counts.get("no_thinking_end", 0) == scored:
                 self.note(
@@ -112,7 +103,8 @@ class Observer:
         counters = run.data_source.counters
         metrics["rollout/overlong_prompts"] = float(counters["over_long_prompts"])
         metrics["rollout/malformed_rows"] = float(counters["malformed_rows"])
-        return metrics
+        declared.check(metrics)
+        return metrics | reported
 
     def train(self, data: TrainingData, results: list[StepResult], policy: list[LogProbs]) -> dict[str, float]:
         """Metrics of a rollout's optimizer steps: means over them, sums of counts, the last learning rate."""
@@ -139,6 +131,7 @@ class Observer:
         metrics["train/tokens"] = float(sum(len(sample.tokens) for sample in data.train_samples))
         if metrics["train/skipped_steps"]:
             self.note("an optimizer step was skipped: the gradient's norm was not finite; the weights are untouched")
+        declared.check(metrics)
         return metrics
 
     def evaluation(self, rollout_id: int, output: RolloutFnEvalOutput) -> dict[str, float]:
@@ -156,11 +149,12 @@ class Observer:
         return metrics | {"eval/step": float(rollout_id)}
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Close a step: every metric must be declared."""
-        metrics = metrics | self.clock.take()
+        """Close a step."""
+        times = self.clock.take()
+        declared.check(times)
+        metrics = metrics | times
         if "perf/actor_train_time" in metrics:
             metrics["perf/actor_train_tok_per_s"] = metrics["train/tokens"] / metrics["perf/actor_train_time"]
-        declared.check(metrics)
         with writing(self.run.run_dir):
             if step >= 0 and self._kept:
                 write_samples(self.run.run_dir, step, self._kept)

@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -144,7 +145,7 @@ def bench_training(model: Qwen3, lengths: list[int]) -> dict[str, Any]:
         routing="own",
         num_steps=1,
     )
-    seconds = {name: _best_time(lambda s=s: trainer.step(s)) for name, s in (("packed", packed), ("padded", padded))}
+    seconds = {name: _best_time(partial(trainer.step, s)) for name, s in (("packed", packed), ("padded", padded))}
     factor = longest * len(full) / num_tokens
     speedup = seconds["padded"] / seconds["packed"]
     return {

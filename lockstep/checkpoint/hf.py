@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lockstep.checkpoint.atomic import atomic_directory
-from lockstep.errors import CheckpointError, ModelError
+from lockstep.errors import CheckpointError, ModelError, OptionError
 from lockstep.models.qwen3 import Qwen3, Qwen3Config, hf_views
 
 _INDEX = "model.safetensors.index.json"
@@ -96,6 +96,7 @@ def save_hf_model(model: Qwen3, folder: Path, *, source: Path) -> None:
 
     Tensors go to the shards that hold them in `source`; config.json says the type that they are written in.
     """
+    require_replaceable(folder, source=source)
     shard_of = _weight_map(source)
     with atomic_directory(folder, replace=True) as temporary:
         for path in source.iterdir():
@@ -109,6 +110,21 @@ def save_hf_model(model: Qwen3, folder: Path, *, source: Path) -> None:
             save_file(tensors, str(temporary / shard), metadata={"format": "pt"})
         if shard_of:
             (temporary / _INDEX).write_text(json.dumps(_index(by_shard), indent=2))
+
+
+def require_replaceable(folder: Path, *, source: Path) -> None:
+    """An export replaces an earlier export, and nothing else.
+
+    Raises:
+        OptionError: `folder` is the model that the run began with, or holds something of the user's.
+    """
+    problem = None
+    if folder.resolve() == source.resolve():
+        problem = "it is --hf-checkpoint, which an export would overwrite."
+    elif folder.exists() and not (folder / "config.json").is_file() and (folder.is_file() or any(folder.iterdir())):
+        problem = "it exists and holds no config.json, so it is no earlier export that may be replaced."
+    if problem:
+        raise OptionError("--save-hf", str(folder), problem, "Give another folder.")
 
 
 def _set_dtype(path: Path, dtype: torch.dtype) -> None:

@@ -43,6 +43,8 @@ def find_checkpoint(load: Path) -> Path | None:
     Raises:
         CheckpointError: the folder holds something else.
     """
+    if load.exists() and not load.is_dir():
+        raise CheckpointError("--load", str(load), "it is a file.", "Give the --save folder of a run.")
     if (load / "state.json").is_file():
         return load
     found = list_checkpoints(load)

@@ -97,6 +97,20 @@ def reference_must_be_in_hf_format(ref_load: str | None) -> None:
         )
 
 
+def only_the_rollout_may_vary(options: dict[str, str | None]) -> None:
+    """Paths in which `{rollout_id}` is filled in, by flag."""
+    for flag, template in options.items():
+        try:
+            (template or "").format(rollout_id=0)
+        except (KeyError, IndexError, ValueError, AttributeError) as error:
+            raise OptionError(
+                flag,
+                template,
+                f"only {{rollout_id}} can be filled in ({type(error).__name__}: {error}).",
+                "Write {{ and }} for braces that belong to the name.",
+            ) from error
+
+
 def check_training(config: Config) -> None:
     """What `lockstep train` needs beyond a consistent config.
 

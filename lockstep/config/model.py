@@ -103,6 +103,7 @@ class CheckpointOptions(OptionGroup):
     @model_validator(mode="after")
     def _check(self) -> CheckpointOptions:
         checks.reference_must_be_in_hf_format(self.ref_load)
+        checks.only_the_rollout_may_vary({"--save-hf": self.save_hf})
         needs_save = {
             "--save-interval": self.save_interval,
             "--keep-last-checkpoints": self.keep_last_checkpoints,

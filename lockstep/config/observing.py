@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from lockstep.config import checks
 from lockstep.config.base import OptionGroup
 from lockstep.errors import OptionError
 
@@ -79,6 +80,13 @@ class DebugOptions(OptionGroup):
 
     @model_validator(mode="after")
     def _halves_must_be_consistent(self) -> DebugOptions:
+        checks.only_the_rollout_may_vary(
+            {
+                "--save-debug-rollout-data": self.save_debug_rollout_data,
+                "--load-debug-rollout-data": self.load_debug_rollout_data,
+                "--save-debug-train-data": self.save_debug_train_data,
+            }
+        )
         if self.debug_rollout_only and self.samples_nothing:
             raise OptionError(
                 "--debug-rollout-only", True, "the other debug options ask for training only.", "Use one of the two."

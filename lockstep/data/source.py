@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lockstep.config import Config
-from lockstep.config.hooks import load_function
+from lockstep.config.hooks import load_optional_hook
 from lockstep.data.prompts import PromptFormat, PromptReader
 from lockstep.data.rows import MalformedRowError
 from lockstep.data.sample_json import sample_from_json, sample_to_json
@@ -181,11 +181,11 @@ class RolloutDataSourceWithBuffer:
         )
         if not data.skip_malformed_rows:
             prompts.reader[0]
-        buffer_filter = rollout.buffer_filter_path and load_function(rollout.buffer_filter_path, "--buffer-filter-path")
+        buffer_filter = load_optional_hook(rollout.buffer_filter_path, "--buffer-filter-path")
         return cls(
             prompts,
             n_samples_per_prompt=rollout.n_samples_per_prompt,
-            buffer_filter=buffer_filter or None,
+            buffer_filter=buffer_filter,
             args=config.args(),
         )
 

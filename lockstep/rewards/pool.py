@@ -455,10 +455,9 @@ def _verdicts(reply: Judged | Failed, num_samples: int) -> list[Verdict]:
 
 
 def _stopping_error(name: RewardName, sample: Sample, verdict: Verdict) -> RewardError:
-    summary, _, rest = verdict.detail.partition("\n")
     return RewardError(
         f"the reward of sample {sample.index} by {name.option} {name.value}",
         str(verdict.outcome),
-        f"{summary}.{rest and chr(10) + rest}",
+        f"{verdict.detail.splitlines()[0]}.",
         "Mend the reward, or choose --reward-failure-policy drop or zero to count such samples and go on.",
     )

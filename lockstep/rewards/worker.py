@@ -180,7 +180,9 @@ def _equal(old: Any, new: Any) -> bool:
 
 def _described(error: BaseException) -> str:
     last_line = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
-    return f"{last_line}\n{''.join(traceback.format_exception(error))}"
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    whole = "".join(traceback.format_exception(error))
+    return f"{last_line} ({place.filename}:{place.lineno}, in {place.name})\n{whole}"
 
 
 class _Marked(Coroutine[Any, Any, Any]):

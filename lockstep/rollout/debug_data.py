@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 
 from lockstep.errors import DataError, writing
+from lockstep.trainer.batch import TrainSample
 from lockstep.types import Group, Sample
 
 
@@ -19,6 +21,14 @@ def save_rollout(template: str, rollout_id: int | str, groups: list[Group]) -> N
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save({"rollout_id": rollout_id, "samples": samples}, path)
+
+
+def save_train_data(template: str, rollout_id: int, samples: Sequence[TrainSample]) -> None:
+    """Write what training gets, one dict a sample, with torch.save to the path with its `{rollout_id}` filled in."""
+    path = Path(template.format(rollout_id=rollout_id))
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save([vars(sample) for sample in samples], path)
 
 
 def load_rollout(template: str, rollout_id: int, *, subsample: float | None = None) -> list[Group]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import inspect
+import logging
 import math
 import time
 from collections import Counter
@@ -26,6 +27,8 @@ from lockstep.rollout.evaluation import EvalSet
 from lockstep.rollout.hooks import RolloutHooks
 from lockstep.rollout.policy import Policy, current_policy, set_current_policy
 from lockstep.types import Group, RolloutFnEvalOutput, RolloutFnTrainOutput, Sample
+
+logger = logging.getLogger(__name__)
 
 MAX_EMPTY_ROUNDS = 10
 """Rounds of prompts in a row that may end without one usable group before the run stops."""
@@ -59,6 +62,15 @@ class _Round:
     spare: list[Group] = field(default_factory=list)
     """Dropped by the filter, but better than nothing."""
     counts: Counter[str] = field(default_factory=Counter)
+    first_failure: str = ""
+    """Why the first reward failed that did."""
+
+    def count_rewards(self, outcomes: list[RewardOutcome]) -> None:
+        """Of groups that are judged, not in the pool: it also knows those that just had time enough before the cut."""
+        for outcome in outcomes:
+            if outcome.outcome is not Outcome.OK:
+                self.counts[f"reward_{outcome.outcome}"] += 1
+                self.first_failure = self.first_failure or outcome.detail.partition("\n")[0]
 
 
 async def generate_rollout(
@@ -82,9 +94,12 @@ async def generate_rollout(
             raise RolloutError(
                 "rollout",
                 dict(state.counts),
-                f"{MAX_EMPTY_ROUNDS} rounds of prompts in a row left no group to train on.",
+                f"{MAX_EMPTY_ROUNDS} rounds of prompts in a row left no group to train on"
+                f"{f', and a reward failed: {state.first_failure}' if state.first_failure else ''}.",
                 "Look at the dynamic sampling filter, the reward and --reward-failure-policy.",
             )
+    if state.first_failure:
+        logger.warning("Rewards of rollout %d failed, the first with: %s", rollout_id, state.first_failure)
     if context.hooks.sample_filter is not None:
         context.hooks.sample_filter(args, state.kept)
     if context.hooks.all_samples_process is not None:
@@ -112,8 +127,7 @@ async def _run_round(args: Any, rollout_id: int, data_source: Any, context: Roll
                 state.counts["prompts_deferred"] += len(unused)
                 return
             group, outcomes = await task
-            # Counted here and not in the pool, which also knows those that had the time to finish before the cut.
-            state.counts.update(f"reward_{o.outcome}" for o in outcomes if o.outcome is not Outcome.OK)
+            state.count_rewards(outcomes)
             _judge(args, group, context.hooks, state)
     finally:
         for task in tasks:

@@ -22,7 +22,7 @@ def current_policy() -> Policy:
 
     async def generate(args, sample, sampling_params):
         policy = current_policy()
-        await policy.start(sample)
+        policy.start(sample)
         await policy.extend(sample, sampling_params)
         return sample
     """

@@ -79,7 +79,7 @@ class MicroBatch:
     ref_log_probs_R: Tensor | None
     kept: KeptTokens | None
     routed_experts_TLS: Tensor | None
-    """-1 where the sampler computed nothing: the last token of each sample."""
+    """-1 where the sampler recorded nothing, as at the last token of each sample."""
 
     @classmethod
     def build(cls, samples: Sequence[TrainSample], device: torch.device) -> MicroBatch:
@@ -135,11 +135,14 @@ def _kept_tokens(samples: Sequence[TrainSample], device: torch.device) -> KeptTo
 
 
 def _routed_experts(samples: Sequence[TrainSample], device: torch.device) -> Tensor | None:
-    if any(s.routed_experts is None for s in samples):
+    """Recorded experts of all tokens, -1 where a sample has none: its neighbours' record must not depend on it."""
+    recorded = [np.asarray(s.routed_experts) for s in samples if s.routed_experts is not None]
+    if not recorded:
         return None
+    nothing = np.empty((0, *recorded[0].shape[1:]), dtype=recorded[0].dtype)
     parts = []
     for sample in samples:
-        recorded = torch.from_numpy(np.asarray(sample.routed_experts)).to(torch.int64)
-        missing = len(sample.tokens) - len(recorded)
-        parts += [recorded, recorded.new_full((missing, *recorded.shape[1:]), -1)]
+        routes = np.asarray(nothing if sample.routed_experts is None else sample.routed_experts)
+        known = torch.from_numpy(routes).to(torch.int64)
+        parts += [known, known.new_full((len(sample.tokens) - len(known), *known.shape[1:]), -1)]
     return torch.cat(parts).to(device)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lockstep.algorithms import Loss, LossInputs
@@ -197,11 +197,6 @@ class LocalTrainer:
             chunk_rows=self.batching.log_probs_chunk_size if self.batching.log_probs_chunk_size > 0 else None,
             with_entropy=with_entropy,
         )
-
-
-def freeze(model: nn.Module) -> None:
-    """Take a model out of training."""
-    model.requires_grad_(False)
 
 
 def _per_sample(batch: MicroBatch, log_probs_R: Tensor, choose: ChooseExperts) -> list[LogProbs]:

@@ -106,6 +106,12 @@ async def groups_only(args: Any, rollout_id: int, data_source: Any, evaluation: 
     return (await generate_rollout(args, rollout_id, data_source)).samples
 
 
+async def own_metrics(args: Any, rollout_id: int, data_source: Any, evaluation: bool = False) -> Any:
+    """A rollout function with a metric of its own."""
+    output = await generate_rollout(args, rollout_id, data_source)
+    return replace(output, metrics=output.metrics | {"mine/number": np.float32(2.5)})
+
+
 def stamp(args: Any, sample: Sample, *, rollout_id: int, evaluation: bool) -> Sample:
     """Hand on another object, marked."""
     return replace(sample, metadata=sample.metadata | {"stamp": -1 if evaluation else sample.index})
@@ -137,8 +143,8 @@ def negated(args: Any, samples: list[Sample]) -> tuple[list[float], list[float]]
     return [s.reward for s in samples], [-float(s.index) for s in samples]
 
 
-def log_rollout(rollout_id: int, args: Any, samples: list[Sample], extra_metrics: dict[str, Any], seconds: float) -> bool:
-    record("log_rollout", [rollout_id, len(samples), extra_metrics["rollout/prompts_trained"], seconds > 0])
+def log_rollout(rollout_id: int, args: Any, samples: list[Sample], extra: dict[str, Any], seconds: float) -> bool:
+    record("log_rollout", [rollout_id, len(samples), extra["rollout/prompts_trained"], seconds > 0])
     return rollout_id == 0
 
 
@@ -149,6 +155,11 @@ def log_eval(rollout_id: int, args: Any, data: dict[str, Any], extra_metrics: di
 
 def raises(*arguments: Any, **named: Any) -> Any:
     raise KeyError("missing piece")
+
+
+def raises_in_evaluation(args: Any, sample: Sample, *, rollout_id: int, evaluation: bool) -> None:
+    if evaluation:
+        raise ZeroDivisionError("by a held-out prompt")
 
 
 def nonsense(*arguments: Any, **named: Any) -> Any:

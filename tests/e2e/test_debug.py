@@ -30,8 +30,8 @@ def options(workshop: Workshop, root: Path, **changes: Any) -> list[str]:
 def original(workshop, tmp_path_factory) -> Path:
     """An ordinary run that keeps its rollouts."""
     root = tmp_path_factory.mktemp("original")
-    template = root / "rollouts" / "{rollout_id}.pt"
-    run(*options(workshop, root, save_debug_rollout_data=template, save_debug_train_data=root / "train_{rollout_id}.pt"))
+    rollouts, training = root / "rollouts" / "{rollout_id}.pt", root / "training" / "{rollout_id}.pt"
+    run(*options(workshop, root, save_debug_rollout_data=rollouts, save_debug_train_data=training))
     return root
 
 
@@ -43,15 +43,16 @@ def test_training_on_saved_rollouts_gives_the_same_weights(original, workshop, t
     saved = original / "rollouts" / "{rollout_id}.pt"
     alone = {"load_debug_rollout_data": saved, "prompt_data": None, "debug_train_only": True, "eval_prompt_data": None}
     run(*options(workshop, tmp_path, **alone))
-    tensors, others = (checkpoint_tensors(root / "checkpoints" / LAST) for root in (tmp_path, original))
+    ours, theirs = (root / "checkpoints" / LAST for root in (tmp_path, original))
+    tensors, others = checkpoint_tensors(ours), checkpoint_tensors(theirs)
     assert [name for name in others if not torch.equal(tensors[name], others[name])] == []
-    assert read_state(tmp_path / "checkpoints" / LAST)["random"] == read_state(original / "checkpoints" / LAST)["random"]
+    assert read_state(ours)["random"] == read_state(theirs)["random"]
     expected = of_training([row for row in read_metrics(original) if row["step"] >= 0])
     assert of_training(read_metrics(tmp_path)) == expected
 
 
 def test_the_training_data_of_a_rollout_can_be_kept(original):
-    samples = torch.load(original / "train_0.pt", weights_only=False)
+    samples = torch.load(original / "training" / "0.pt", weights_only=False)
     assert len(samples) == 12
     assert abs(sum(s["loss_weight"] * sum(s["loss_mask"]) for s in samples) - 1) < 1e-6
 

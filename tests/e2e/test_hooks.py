@@ -125,7 +125,8 @@ def test_a_sample_hook_changes_what_the_reward_sees(train, tmp_path, workshop):
 
 
 def test_data_postprocess_has_the_last_word_on_training(train, tmp_path, workshop):
-    train(rollout_data_postprocess_path=hook("no_advantages"), weight_decay=0, save=tmp_path / "c", save_hf=tmp_path / "hf")
+    saving = {"save": tmp_path / "checkpoints", "save_hf": tmp_path / "hf"}
+    train(rollout_data_postprocess_path=hook("no_advantages"), weight_decay=0, **saving)
     trained = load_file(tmp_path / "hf" / "model.safetensors")
     start = load_file(workshop.model / "model.safetensors")
     assert [name for name in start if not torch.equal(start[name], trained[name])] == []
@@ -164,6 +165,12 @@ def test_a_rollout_function_may_return_plain_groups(train, tmp_path):
     assert rows[0]["train/global_batch_size"] == 12
 
 
+def test_a_rollout_function_may_report_metrics_of_its_own(train):
+    (row,) = train(rollout_function_path=hook("own_metrics"))
+    assert row["mine/number"] == 2.5
+    assert row["rollout/prompts_trained"] == 3
+
+
 HANGING = {"reward_timeout": 0.5, "reward_num_workers": 4}
 
 
@@ -172,6 +179,11 @@ def test_dropped_rewards_leave_smaller_groups(train, tmp_path):
     assert rows[0]["rollout/reward_timeout"] == 3
     assert [s["index"] for s in samples_of(tmp_path)] == [1, 2, 3, 5, 6, 7, 9, 10, 11]
     np.testing.assert_allclose([s["advantage"] for s in training_of(tmp_path)], [-1, 0, 1] * 3, atol=1e-5)
+
+
+def test_failed_rewards_are_reported_with_their_reason(train, caplog):
+    train(custom_rm_path=hook("hangs_at_first"), **HANGING)
+    assert "Rewards of rollout 0 failed, the first with: no answer within 0.5 s" in caplog.text
 
 
 def test_zero_rewards_keep_their_samples(train, tmp_path):

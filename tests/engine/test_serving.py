@@ -238,6 +238,12 @@ def test_two_thousand_ragged_requests_with_aborts_and_preemption_leak_no_block()
             assert len(generation.routed_experts) == len(request.prompt) + count - 1
 
 
+async def some_tokens(engine: EmbeddedEngine) -> None:
+    """Wait until responses are under way."""
+    while not any(sequence.num_new_tokens > 5 for sequence in list(engine.scheduler.running)):
+        await asyncio.sleep(0)
+
+
 def test_an_abort_returns_what_was_sampled_so_far() -> None:
     model = tiny_moe()
     requests = group_requests(2, 4, max_new_tokens=400, prompt_tokens=4)
@@ -245,8 +251,10 @@ def test_an_abort_returns_what_was_sampled_so_far() -> None:
     whole = serve(make_engine(model, num_blocks=2048), requests)
 
     async def abort_midway() -> list[Generation]:
-        asyncio.get_running_loop().call_later(0.1, engine.abort_all)
-        return await answers(engine, requests)
+        calls = asyncio.ensure_future(answers(engine, requests))
+        await some_tokens(engine)
+        engine.abort_all()
+        return await calls
 
     partial = asyncio.run(abort_midway())
     engine.blocks.check_integrity()
@@ -268,7 +276,7 @@ def test_a_cancelled_request_leaves_and_the_others_are_not_disturbed() -> None:
 
     async def cancel_some() -> list[Any]:
         tasks = [asyncio.ensure_future(engine.generate(r.prompt, r.params, r.stream)) for r in requests]
-        await asyncio.sleep(0.03)
+        await some_tokens(engine)
         for task in tasks[::2]:
             task.cancel()
         results = await asyncio.gather(*tasks, return_exceptions=True)

@@ -28,7 +28,7 @@ def test_varlen_attention_and_its_gradients_are_right_to_bf16(heads: int, key_he
     attend = PackedAttention(LENGTHS, torch.device("cuda"))
 
     def run(kernel, dtype):  # type: ignore[no-untyped-def]
-        q, k, v = (x.to(dtype).requires_grad_() for x in exact)
+        q, k, v = (x.detach().clone().to(dtype).requires_grad_() for x in exact)
         out = kernel(q, k, v)
         out.backward(upstream.to(dtype))
         return out, q.grad, k.grad, v.grad
@@ -50,7 +50,7 @@ def test_grouped_experts_and_their_gradients_are_right_to_bf16(tokens: int) -> N
     weights, experts = torch.rand(tokens, 16, device="cuda").softmax(-1)[:, :12].topk(4)
 
     def run(kernel, dtype):  # type: ignore[no-untyped-def]
-        inputs = [t.to(dtype).requires_grad_() for t in (x, weights, gate_up, down)]
+        inputs = [t.detach().clone().to(dtype).requires_grad_() for t in (x, weights, gate_up, down)]
         out = kernel(inputs[0], experts, *inputs[1:])
         out.float().square().sum().backward()
         return [out, *(t.grad for t in inputs)]
@@ -90,7 +90,7 @@ def test_fused_log_probs_in_bf16_are_as_good_as_the_plain_ones() -> None:
     targets = torch.randint(0, 151_936, (777,), device="cuda")
 
     def run(kernel, dtype):  # type: ignore[no-untyped-def]
-        h, w = hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
+        h, w = hidden.clone().to(dtype).requires_grad_(), weight.clone().to(dtype).requires_grad_()
         log_probs, entropy = kernel(h, w, targets)
         (log_probs.sum() + 0.1 * entropy.sum()).backward()
         return log_probs, entropy, h.grad, w.grad

@@ -15,7 +15,7 @@ SRC = Path(lockstep.__file__).parent
 FLOORS: list[set[str]] = [
     {"__main__", "cli"},
     {"loop", "bench"},
-    {"assemble", "run", "observer", "earlier"},
+    {"assemble", "run", "observer", "earlier", "sampling"},
     {"cluster"},
     {"parity", "training_data"},
     {"trainer", "rollout", "weight_sync"},

@@ -56,6 +56,13 @@ def test_branches_of_one_rollout_share_one_mean() -> None:
     assert weights == pytest.approx([1 / (2 * 4), 1 / (2 * 8), 1 / (2 * 8)])
 
 
+def test_a_removed_branch_leaves_its_rollouts_mean_to_the_others() -> None:
+    groups = [[sample(0, 1.0, 4), sample(1, 0.0, 2, rollout_id=9), sample(2, 0.0, 6, rollout_id=9, remove_sample=True)]]
+    assert [s.loss_weight for s in data_of(groups).train_samples] == pytest.approx([1 / (2 * 4), 1 / (2 * 2), 0])
+    weights = [s.loss_weight for s in data_of(groups, calculate_per_token_loss=True).train_samples]
+    assert weights == pytest.approx([1 / 6, 1 / 6, 0])
+
+
 def test_masked_tokens_are_in_no_denominator() -> None:
     groups = [[sample(0, 1.0, 4, loss_mask=[1, 0, 0, 1]), sample(1, 0.0, 2)]]
     assert [s.loss_weight for s in data_of(groups).train_samples] == pytest.approx([1 / 4, 1 / 4])
@@ -76,6 +83,14 @@ def test_samples_without_a_rollout_id_are_rollouts_of_their_own() -> None:
     data = data_of(groups, num_steps=2)
     assert [s.loss_weight for s in data.train_samples] == pytest.approx([1 / (3 * 2)] * 4)
     assert [len(step) for step in data.steps] == [2, 2]
+
+
+def test_branches_without_a_rollout_id_are_one_rollout_by_their_sample_index() -> None:
+    groups = [
+        [sample(0, 1.0, 4, rollout_id=None), sample(7, 0.0, 2, rollout_id=None), sample(7, 0.0, 6, rollout_id=None)]
+    ]
+    weights = [s.loss_weight for s in data_of(groups).train_samples]
+    assert weights == pytest.approx([1 / (2 * 4), 1 / (2 * 8), 1 / (2 * 8)])
 
 
 def test_branches_that_do_not_stand_side_by_side_stay_in_one_step() -> None:

@@ -58,18 +58,18 @@ def test_new_tokens_attend_to_all_cached_tokens_of_their_own_sequence() -> None:
     block_tables = torch.tensor([[4, 1, 0, 7], [3, 5, 0, 0]])
     slots = [2 * block + offset for block in block_tables[0].tolist() for offset in range(2)][:7]
     slots += [2 * block + offset for block in block_tables[1].tolist() for offset in range(2)][:4]
-    k_cache, v_cache = torch.full((2, 2, 8, 2, 8), 1e9, dtype=torch.float64)
-    for cache, values in ((k_cache, k), (v_cache, v)):
+    kv_cache = torch.full((2, 2, 8, 2, 8), 1e9, dtype=torch.float64)
+    for cache, values in zip(kv_cache, (k, v), strict=True):
         cache.flatten(1, 2)[:, slots] = values.detach().transpose(0, 1)
     wanted = packed_attention_reference(q, k, v, lengths).split(lengths)
     queries = torch.zeros(2, 3, 4, 8, dtype=torch.float64)
-    visible = torch.zeros(2, 3, 8, dtype=torch.bool)
+    bias = torch.full((2, 3, 8), float("-inf"), dtype=torch.float64)
     for row, (length, count) in enumerate(zip(lengths, new, strict=True)):
         queries[row, :count] = q.split(lengths)[row][length - count :].detach()
         for column in range(count):
-            visible[row, column, : length - count + column + 1] = True
-    visible[0, 2, 0] = True  # a padded query must see something
-    got = paged_attention(queries, k_cache, v_cache, block_tables, visible)
+            bias[row, column, : length - count + column + 1] = 0
+    bias[0, 2, 0] = 0  # a padded query must see something
+    got = paged_attention(queries, kv_cache, block_tables, bias)
     for row, count in enumerate(new):
         # Scores go through softmax in fp32, whatever the inputs are.
         torch.testing.assert_close(got[row, :count], wanted[row][-count:], rtol=1e-5, atol=1e-5)

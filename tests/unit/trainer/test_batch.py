@@ -85,3 +85,11 @@ def test_recorded_routes_end_with_a_gap_where_the_sampler_computed_nothing() -> 
     batch = build(sample([1, 2, 3], 1, routed_experts=routes), sample([4, 5], 1, routed_experts=routes[:1]))
     assert batch.routed_experts_TLS is not None
     assert batch.routed_experts_TLS[:, 0].tolist() == [[0, 1], [2, 3], [-1, -1], [0, 1], [-1, -1]]
+
+
+def test_a_sample_without_recorded_routes_does_not_take_its_neighbours_record_away() -> None:
+    routes = np.arange(4).reshape(2, 1, 2)
+    batch = build(sample([4, 5], 1), sample([1, 2, 3], 1, routed_experts=routes))
+    assert batch.routed_experts_TLS is not None
+    assert batch.routed_experts_TLS[:, 0].tolist() == [[-1, -1], [-1, -1], [0, 1], [2, 3], [-1, -1]]
+    assert build(sample([4, 5], 1)).routed_experts_TLS is None

@@ -130,6 +130,15 @@ def test_replayed_routes_decide_which_experts_serve_and_own_routes_do_not() -> N
     assert all(r.routes_differ is not None and r.routes_differ.all() for r in compared)
 
 
+def test_replay_does_not_depend_on_whether_a_neighbour_has_a_record() -> None:
+    model, batch = tiny_moe(), samples(2)
+    batch[0].routed_experts = other_routes(model, batch[0])
+    trainer = tiny_trainer(model, routing="rollout")
+    together = [r.log_probs for r in trainer.log_probs(batch)]
+    alone = [trainer.log_probs([sample])[0].log_probs for sample in batch]
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+
+
 def test_replayed_experts_still_learn_through_the_router() -> None:
     """R3 fixes the choice; the weights come from the current router, so it gets a gradient."""
     model, batch = tiny_moe(norm_topk_prob=True, num_experts_per_tok=2), samples()

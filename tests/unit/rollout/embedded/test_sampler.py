@@ -113,6 +113,13 @@ def test_temperature_zero_takes_the_largest_logit_and_reports_its_log_prob_at_te
     torch.testing.assert_close(sampled.log_probs_B, logits.log_softmax(-1)[[0, 1], [1, 0]])
 
 
+def test_the_smallest_number_draws_the_first_kept_token_not_one_of_no_probability() -> None:
+    logits = torch.tensor([[0.0, 5.0, 4.0]])
+    zero = torch.zeros(1, dtype=torch.float64)
+    sampled = sample(logits, torch.ones(1), zero, top_p_B=torch.ones(1, dtype=torch.float64), top_k_B=torch.tensor([2]))
+    assert sampled.tokens_B.tolist() == [1]
+
+
 def test_forbidden_tokens_are_never_drawn_and_the_log_prob_stays_the_policys() -> None:
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0]).expand(DRAWS, -1)
     forbidden = torch.tensor([True, False, True, False]).expand(DRAWS, -1)
