@@ -215,4 +215,6 @@ async def _with_run(config: Config, work: Callable[[Run, Observer, GracefulStop]
         try:
             return await work(run, Observer(run, clock), stop)
         except Interrupted:
+            if work is _train and config.checkpoint.save is None:
+                progress.message("nothing was saved: there is no --save")
             return STOPPED

@@ -90,20 +90,31 @@ def save_run(run: Run, state: dict[str, Any]) -> Path | None:
     if isinstance(run.data_source, SlimeDataSource):
         run.data_source.save(rollout_id)
     with_optimizer = not options.no_save_optim
-    folder = save_checkpoint(
-        root,
-        rollout_id,
-        state=state | {"with_optimizer": with_optimizer},
-        config_toml=run.config.to_toml(),
-        save_tensors=partial(run.trainer.save, with_optimizer=with_optimizer),
-    )
-    if options.save_hf is not None:
-        with run.trainer.rollout_weights() as model:
-            target = Path(options.save_hf.format(rollout_id=rollout_id))
-            save_hf_model(model, target, source=Path(run.config.model.hf_checkpoint))
-    if options.keep_last_checkpoints is not None:
-        delete_old_checkpoints(root, options.keep_last_checkpoints)
+    try:
+        _export(run, rollout_id)  # first: a run killed in between repeats the step, and so the export
+    finally:
+        folder = save_checkpoint(
+            root,
+            rollout_id,
+            state=state | {"with_optimizer": with_optimizer},
+            config_toml=run.config.to_toml(),
+            save_tensors=partial(run.trainer.save, with_optimizer=with_optimizer),
+        )
+    _delete_old_checkpoints(run)
     return folder
+
+
+def _export(run: Run, rollout_id: int) -> None:
+    if (template := run.config.checkpoint.save_hf) is not None:
+        with run.trainer.rollout_weights() as model:
+            target = Path(template.format(rollout_id=rollout_id))
+            save_hf_model(model, target, source=Path(run.config.model.hf_checkpoint))
+
+
+def _delete_old_checkpoints(run: Run) -> None:
+    options = run.config.checkpoint
+    if options.save is not None and options.keep_last_checkpoints is not None:
+        delete_old_checkpoints(Path(options.save), options.keep_last_checkpoints)
 
 
 def resume_run(run: Run, checkpoint: Path | None) -> None:
@@ -186,6 +197,7 @@ def open_records(run: Run) -> list[Path]:
         (run.run_dir / "config.toml").write_text(run.config.to_toml())
     if run.config.checkpoint.save is not None:
         aside.append(_set_other_checkpoints_aside(run, Path(run.config.checkpoint.save)))
+        _delete_old_checkpoints(run)
     return [folder for folder in aside if folder is not None]
 
 

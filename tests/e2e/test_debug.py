@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Workshop, checkpoint_tensors, flags, hook, read_metrics, run
+from conftest import Workshop, checkpoint_tensors, flags, hook, read_metrics
 
 from lockstep.checkpoint.training import read_state
+from lockstep.cli import main
 
 NUM_ROLLOUT = 3
 LAST = f"rollout_{NUM_ROLLOUT - 1:07d}"
@@ -31,8 +32,12 @@ def original(workshop, tmp_path_factory) -> Path:
     """An ordinary run that keeps its rollouts."""
     root = tmp_path_factory.mktemp("original")
     rollouts, training = root / "rollouts" / "{rollout_id}.pt", root / "training" / "{rollout_id}.pt"
-    run(*options(workshop, root, save_debug_rollout_data=rollouts, save_debug_train_data=training))
+    run(options(workshop, root, save_debug_rollout_data=rollouts, save_debug_train_data=training))
     return root
+
+
+def run(words: list[str]) -> None:
+    assert main(words) == 0
 
 
 def of_training(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -42,7 +47,7 @@ def of_training(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def test_training_on_saved_rollouts_gives_the_same_weights(original, workshop, tmp_path):
     saved = original / "rollouts" / "{rollout_id}.pt"
     alone = {"load_debug_rollout_data": saved, "prompt_data": None, "debug_train_only": True, "eval_prompt_data": None}
-    run(*options(workshop, tmp_path, **alone))
+    run(options(workshop, tmp_path, **alone))
     ours, theirs = (root / "checkpoints" / LAST for root in (tmp_path, original))
     tensors, others = checkpoint_tensors(ours), checkpoint_tensors(theirs)
     assert [name for name in others if not torch.equal(tensors[name], others[name])] == []
@@ -59,7 +64,7 @@ def test_the_training_data_of_a_rollout_can_be_kept(original):
 
 def test_rollout_only_samples_the_same_and_trains_nothing(original, workshop, tmp_path):
     template = tmp_path / "{rollout_id}.pt"
-    run(*options(workshop, tmp_path, debug_rollout_only=True, save_debug_rollout_data=template, num_rollout=2))
+    run(options(workshop, tmp_path, debug_rollout_only=True, save_debug_rollout_data=template, num_rollout=2))
     ours, theirs = (torch.load(folder / "0.pt", weights_only=True) for folder in (tmp_path, original / "rollouts"))
     assert [s["tokens"] for s in ours["samples"]] == [s["tokens"] for s in theirs["samples"]]
     assert [s["reward"] for s in ours["samples"]] == [s["reward"] for s in theirs["samples"]]
@@ -74,7 +79,7 @@ def test_rollout_only_samples_the_same_and_trains_nothing(original, workshop, tm
 def test_a_fraction_of_the_saved_groups_is_enough(original, workshop, tmp_path):
     saved = original / "rollouts" / "{rollout_id}.pt"
     few = {"load_debug_rollout_data": saved, "load_debug_rollout_data_subsample": 0.34, "num_rollout": 1}
-    run(*options(workshop, tmp_path, **few))
+    run(options(workshop, tmp_path, **few))
     assert [row["train/global_batch_size"] for row in read_metrics(tmp_path)] == [4]
 
 
@@ -82,7 +87,7 @@ def contents(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_eval_repeats_the_evaluation_of_a_checkpoint_and_touches_nothing(original, workshop):
+def test_eval_repeats_the_evaluation_of_a_checkpoint_and_touches_nothing(original, workshop, capsys):
     before = contents(original)
     evaluation = {
         "hf_checkpoint": workshop.model,
@@ -97,25 +102,25 @@ def test_eval_repeats_the_evaluation_of_a_checkpoint_and_touches_nothing(origina
         "custom_rm_path": hook("digits"),
         "run_dir": original,
     }
-    done = run("eval", *flags(evaluation))
-    printed = dict(line.rsplit(" ", 1) for line in done.stdout.splitlines() if line.startswith("eval/"))
+    run(["eval", *flags(evaluation)])
+    printed = dict(line.rsplit(" ", 1) for line in capsys.readouterr().out.splitlines() if line.startswith("eval/"))
     assert printed["eval/heldout"] == f"{read_metrics(original)[-1]['eval/heldout']:.4f}"
-    untrained = run("eval", *flags(evaluation | {"load": None}))
-    assert f"eval/heldout {read_metrics(original)[0]['eval/heldout']:.4f}" in untrained.stdout.splitlines()
+    run(["eval", *flags(evaluation | {"load": None})])
+    assert f"eval/heldout {read_metrics(original)[0]['eval/heldout']:.4f}" in capsys.readouterr().out.splitlines()
     assert contents(original) == before
 
 
-def test_a_run_writes_its_report_and_report_writes_it_again(original, tmp_path):
+def test_a_run_writes_its_report_and_report_writes_it_again(original, tmp_path, capsys):
     assert "eval/heldout" in (original / "report.html").read_text()
-    done = run("report", str(original), "--output", str(tmp_path / "page.html"))
-    assert done.stdout.strip() == str(tmp_path / "page.html")
+    run(["report", str(original), "--output", str(tmp_path / "page.html")])
+    assert capsys.readouterr().out.strip() == str(tmp_path / "page.html")
     assert (tmp_path / "page.html").read_text() == (original / "report.html").read_text()
 
 
-def test_a_checkpoint_without_optimizer_state_resumes_with_a_warning(workshop, tmp_path):
+def test_a_checkpoint_without_optimizer_state_resumes_with_a_warning(workshop, tmp_path, caplog):
     changes = {"no_save_optim": True, "load": tmp_path / "checkpoints", "eval_prompt_data": None}
-    run(*options(workshop, tmp_path, num_rollout=1, **changes))
+    run(options(workshop, tmp_path, num_rollout=1, **changes))
     assert not [n for n in checkpoint_tensors(tmp_path / "checkpoints" / "rollout_0000000") if "exp_avg" in n]
-    done = run(*options(workshop, tmp_path, num_rollout=2, **changes))
-    assert "holds no optimizer state" in done.stderr
+    run(options(workshop, tmp_path, num_rollout=2, **changes))
+    assert "holds no optimizer state" in caplog.text
     assert [row["step"] for row in read_metrics(tmp_path)] == [0, 1]

@@ -25,6 +25,7 @@ from conftest import (
 from transformers import AutoModelForCausalLM
 
 from lockstep.checkpoint.training import list_checkpoints
+from lockstep.cli import main
 
 NUM_ROLLOUT, SAVE_INTERVAL = 8, 2
 LAST = f"rollout_{NUM_ROLLOUT - 1:07d}"
@@ -33,7 +34,11 @@ CHAINS = {
     "in a step": [("rollout 3", 1), ("train 3", 1), ("eval 3", 1)],
     "in a save": [("save:mkdir rollout_0000003", 1), ("save:distcp rollout_0000003", 1)],
     "late in a save": [("save:json rollout_0000003", 1), ("save:rename rollout_0000003", 1)],
-    "after a save": [("save:renamed rollout_0000003", 3), ("save:delete rollout_0000001", 5)],
+    "after a save": [
+        ("save:renamed rollout_0000003", 3),
+        ("save:delete rollout_0000001", 5),
+        ("save:renamed rollout_0000007", 7),
+    ],
 }
 """Runs that are killed at each moment in turn, resumed each time and finished at last. The number is the newest
 checkpoint that stands after the kill."""
@@ -173,23 +178,23 @@ def test_the_export_loads_in_transformers_and_holds_the_trained_weights(runs, wo
     assert not torch.equal(start_weights.lm_head.weight, ours.lm_head.weight)
 
 
-def test_a_new_run_in_old_folders_moves_what_it_finds_aside(runs, workshop, tmp_path):
+def test_a_new_run_in_old_folders_moves_what_it_finds_aside(runs, workshop, tmp_path, capsys):
     """Otherwise --load would take the earlier run's newest checkpoint for the new run's."""
     root = tmp_path / "run"
     shutil.copytree(runs["again"].result(), root)
     before = read_metrics(root)
     changes = {"load": None, "num_rollout": 1, "eval_prompt_data": None, "eval_interval": None, "save_hf": None}
-    done = run(*workshop.train(root, **options(root, **changes)))
-    assert f"moved to {root / 'earlier-1'}" in done.stdout.replace("\n", "")
+    assert main(workshop.train(root, **options(root, **changes))) == 0
+    assert f"moved to {root / 'earlier-1'}" in capsys.readouterr().out.replace("\n", "")
     assert read_metrics(root / "earlier-1") == before
     assert [path.name for path in list_checkpoints(root / "checkpoints" / "earlier-1")] == ["rollout_0000005", LAST]
     assert [path.name for path in list_checkpoints(root / "checkpoints")] == ["rollout_0000000"]
     assert [row["step"] for row in read_metrics(root)] == [0]
 
 
-def test_a_finished_run_has_nothing_left_to_do(runs, workshop, tmp_path):
+def test_a_finished_run_has_nothing_left_to_do(runs, workshop, tmp_path, capsys):
     root = tmp_path / "run"
     shutil.copytree(runs["again"].result(), root)
-    done = run(*words(workshop, root))
-    assert f"nothing is left to do: {NUM_ROLLOUT} of {NUM_ROLLOUT} rollouts are done" in done.stdout
+    assert main(words(workshop, root)) == 0
+    assert f"nothing is left to do: {NUM_ROLLOUT} of {NUM_ROLLOUT} rollouts are done" in capsys.readouterr().out
     assert read_metrics(root) == read_metrics(runs["again"].result())

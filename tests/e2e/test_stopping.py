@@ -134,6 +134,14 @@ def test_the_second_signal_stops_at_once_what_cannot_be_interrupted(workshop, tm
     assert_nobody_lives(str(tmp_path))
 
 
+def test_a_stop_without_a_folder_says_that_nothing_was_saved(workshop, tmp_path):
+    options = {"save": None, "load": None, "eval_prompt_data": None, "eval_interval": None}
+    done = run(*words(workshop, tmp_path, **options), env=environment(tmp_path, "SIGINT rollout 1"), code=130)
+    assert "nothing was saved: there is no --save" in done.stdout
+    assert [row["step"] for row in read_metrics(tmp_path)] == [0]
+    assert (tmp_path / "report.html").exists()
+
+
 def test_ctrl_c_before_the_first_step_is_quiet(workshop, tmp_path):
     process = start(*words(workshop, tmp_path))
     time.sleep(1.5)
