@@ -251,10 +251,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 def prepare(output: Path, seed: int) -> None:
     """Writes `model/`, `sft.jsonl`, `train.jsonl` and `heldout.jsonl` under `output`; the same seed, the same bytes."""
     make_checkpoint(output / "model", seed)
-    write_rows(output / "sft.jsonl", make_sft_rows(HELDOUT_REWARD = "boxed_exact"
-"""Written into the held-out rows, so that they are judged right or wrong whatever reward the training gets."""
-
-NUM_SFT_ROWS, seed))
+    write_rows(output / "sft.jsonl", make_sft_rows(NUM_SFT_ROWS, seed))
     write_rows(output / "train.jsonl", make_prompt_rows("train", NUM_TRAIN_ROWS, seed))
     heldout = make_prompt_rows("heldout", NUM_HELDOUT_ROWS, seed)
     write_rows(output / "heldout.jsonl", [row | {"metadata": {"rm_type": HELDOUT_REWARD}} for row in heldout])
