@@ -110,7 +110,8 @@ def make_prompt_rows(side: Side, num_rows: int, seed: int) -> list[dict[str, Any
     while len(problems) < num_rows:
         problem = next(draws)
         problems.setdefault(frozenset((problem.first, problem.second)), problem)
-    return [{"prompt": problem.question, "label": problem.label} for problem in problems.values()]
+    own_reward = {"metadata": {"rm_type": HELDOUT_REWARD}} if side == "heldout" else {}
+    return [{"prompt": problem.question, "label": problem.label, **own_reward} for problem in problems.values()]
 
 
 def make_sft_rows(num_rows: int, seed: int, forget: float = FORGET) -> list[dict[str, Any]]:
@@ -253,8 +254,7 @@ def prepare(output: Path, seed: int) -> None:
     make_checkpoint(output / "model", seed)
     write_rows(output / "sft.jsonl", make_sft_rows(NUM_SFT_ROWS, seed))
     write_rows(output / "train.jsonl", make_prompt_rows("train", NUM_TRAIN_ROWS, seed))
-    heldout = make_prompt_rows("heldout", NUM_HELDOUT_ROWS, seed)
-    write_rows(output / "heldout.jsonl", [row | {"metadata": {"rm_type": HELDOUT_REWARD}} for row in heldout])
+    write_rows(output / "heldout.jsonl", make_prompt_rows("heldout", NUM_HELDOUT_ROWS, seed))
 
 
 def main() -> None:

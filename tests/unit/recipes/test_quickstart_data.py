@@ -95,9 +95,10 @@ def test_imitating_the_teacher_is_right_in_three_of_ten(output: Path):
 
 
 def test_labels_are_the_sums_of_their_questions(output: Path):
-    for name in ("train.jsonl", "heldout.jsonl"):
+    for name, own_reward in (("train.jsonl", None), ("heldout.jsonl", {"rm_type": "boxed_exact"})):
         for row in read_rows(output / name):
-            assert row.keys() == {"prompt", "label"}
+            assert row.keys() - {"metadata"} == {"prompt", "label"}
+            assert row.get("metadata") == own_reward
             assert row["label"] == str(sum(operands(row["prompt"])))
 
 
