@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +22,9 @@ INTERRUPTED = 130
 def main(words: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code. Errors of ours are printed in one line, without a traceback."""
     words = sys.argv[1:] if words is None else words
+    # PyTorch's CPU threads wait by spinning: on a machine with other work that made steps 10 times slower. OpenMP reads
+    # this when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         return _dispatch(list(words))
     except LockstepError as error:

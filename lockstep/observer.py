@@ -6,6 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from itertools import islice
 from typing import Any
 
@@ -13,6 +14,7 @@ from lockstep import metrics as declared
 from lockstep.config.hooks import load_optional_hook
 from lockstep.errors import writing
 from lockstep.report.samples import write_samples
+from lockstep.rewards import FAILURES, Outcome
 from lockstep.run import Run
 from lockstep.tracking.progress import Phase, RunProgress
 from lockstep.trainer.engine import LogProbs, StepResult
@@ -72,6 +74,7 @@ class Observer:
         self.clock = clock
         logging = run.config.logging
         self._kept: list[dict[str, Any]] = []
+        self._token_text = cache(lambda token: run.tokenizer.decode([token]))
         self._rollout_log = load_optional_hook(
             logging.custom_rollout_log_function_path, "--custom-rollout-log-function-path"
         )
@@ -92,10 +95,9 @@ class Observer:
             metrics |= declared.rollout_perf_metrics(groups, rollout_time, 1)
         if run.context is not None:
             counts = run.context.rewards.take_counts()
-            for outcome in ("timeout", "exception", "crash", "invalid"):
-                metrics[f"rollout/reward_{outcome}"] = float(counts.get(outcome, 0))
-            scored = sum(counts.get(name, 0) for name in ("ok", "timeout", "exception", "crash", "invalid"))
-            if scored and counts.get("no_thinking_end", 0) == scored:
+            metrics |= {f"rollout/reward_{outcome}": float(counts[outcome]) for outcome in FAILURES}
+            scored = sum(counts[outcome] for outcome in Outcome)
+            if scored and counts["no_thinking_end"] == scored:
                 self.note(
                     "every reward of this step is 0 because no response holds </think> or ###Response, which "
                     "--rm-type deepscaler asks for; use --rm-type math for models that do not think aloud"
@@ -137,16 +139,21 @@ class Observer:
     def evaluation(self, rollout_id: int, output: RolloutFnEvalOutput) -> dict[str, float]:
         """Metrics of the held-out sets."""
         run = self.run
+        if run.context is not None:
+            self._note_failures(run.context.rewards.take_counts(evaluation=True))
         if self._eval_log is not None and self._eval_log(rollout_id, run.args, output.data, output.metrics):
             return {}
         metrics = dict(output.metrics) if output.metrics else declared.eval_metrics(output.data, run.args)
-        if run.context is not None:
-            run.context.rewards.take_counts(evaluation=True)
         for name, results in output.data.items():
             self._kept += [
                 self._record(rollout_id, s, eval_set=name) for s in results.get("samples", [])[:KEPT_SAMPLES]
             ]
         return metrics | {"eval/step": float(rollout_id)}
+
+    def _note_failures(self, counts: dict[str, int]) -> None:
+        failed = ", ".join(f"{counts[outcome]} {outcome}" for outcome in FAILURES if counts[outcome])
+        if failed:
+            self.note(f"rewards failed in this evaluation and count as 0 there: {failed}")
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Close a step."""
@@ -196,7 +203,7 @@ class Observer:
             "reward": reward if isinstance(reward, int | float) else None,
             "advantage": advantage,
             "status": sample.status.value,
-            "response_tokens": [tokenizer.decode([token]) for token in response],
+            "response_tokens": [self._token_text(token) for token in response],
             "rollout_log_probs": sample.rollout_log_probs or [],
             "policy_log_probs": [] if policy is None else policy.log_probs.tolist(),
             "loss_mask": sample.loss_mask if sample.loss_mask is not None else [1] * sample.response_length,

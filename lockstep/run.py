@@ -205,6 +205,6 @@ def _set_other_checkpoints_aside(run: Run, root: Path) -> Path | None:
     """Move away what `--load` would take for this run's: checkpoints of other runs, and of steps still to come."""
     existing = list_checkpoints(root)
     if run.checkpoint is not None and run.checkpoint.resolve().parent == root.resolve():
-        existing = [folder for folder in existing if folder.name > run.checkpoint.name]
+        existing = [folder for folder in existing if folder >= checkpoint_folder(root, run.next_rollout_id)]
     with writing(root):
         return set_aside(root, [folder.name for folder in existing])

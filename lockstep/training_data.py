@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
@@ -50,7 +50,7 @@ def make_training_data(
     elif advantage_estimator is not None:
         rewards = torch.tensor([float(sample.get_reward_value(args)) for sample in samples], dtype=torch.float32)
         group_ids = torch.tensor([i for i, group in enumerate(groups) for _ in group])
-        advantages = advantage_estimator(rewards, group_ids)
+        advantages = _estimated(advantage_estimator, rewards, group_ids)
     else:
         advantages = torch.zeros(len(samples))
     if args.normalize_advantages:
@@ -70,6 +70,18 @@ def make_training_data(
             train_samples[i].loss_weight = weight
         steps.append([train_samples[i] for i in members])
     return TrainingData(samples, train_samples, steps)
+
+
+def _estimated(advantage_estimator: AdvantageEstimator, rewards: Tensor, group_ids: Tensor) -> Tensor:
+    try:
+        return advantage_estimator(rewards, group_ids)
+    except ValueError as error:
+        raise RolloutError(
+            "rollout",
+            f"{len(rewards)} samples",
+            str(error),
+            "Mend the rollout function or the stored rollout; the built-in rollout drops and counts such groups.",
+        ) from error
 
 
 def _post_processed(answer: Any, num_samples: int) -> Tensor:
@@ -95,13 +107,13 @@ def _rollout_ids(samples: list[Sample]) -> list[int]:
 
 
 def _split_by_rollout(rollout_ids: list[int], num_steps: int) -> list[list[int]]:
-    """Indices of each step's samples: whole rollouts in the order of their first samples, as evenly as they divide."""
+    """Indices of each step's samples, rising: whole rollouts by their first samples, as evenly as they divide."""
     by_rollout: dict[int, list[int]] = {}
     for index, rollout_id in enumerate(rollout_ids):
         by_rollout.setdefault(rollout_id, []).append(index)
     rollouts = list(by_rollout.values())
     borders = [len(rollouts) * step // num_steps for step in range(num_steps + 1)]
-    return [[i for members in rollouts[begin:end] for i in members] for begin, end in pairwise(borders) if begin < end]
+    return [sorted(chain(*rollouts[begin:end])) for begin, end in pairwise(borders) if begin < end]
 
 
 def _whitened(advantages: Tensor, samples: list[Sample], train_samples: list[TrainSample]) -> Tensor:

@@ -1,4 +1,4 @@
-"""HF folders in and out: config.json and safetensors, streamed tensor by tensor."""
+"""HF folders in and out: config.json and safetensors, read tensor by tensor, written shard by shard."""
 
 from __future__ import annotations
 
@@ -105,9 +105,10 @@ def save_hf_model(model: Qwen3, folder: Path, *, source: Path) -> None:
         _set_dtype(temporary / "config.json", model.lm_head.weight.dtype)
         by_shard: dict[str, dict[str, Tensor]] = {}
         for name, tensor in named_hf_tensors(model):
-            by_shard.setdefault(shard_of.get(name, _SINGLE), {})[name] = tensor.detach().cpu().contiguous()
+            by_shard.setdefault(shard_of.get(name, _SINGLE), {})[name] = tensor
         for shard, tensors in by_shard.items():
-            save_file(tensors, str(temporary / shard), metadata={"format": "pt"})
+            on_host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+            save_file(on_host, str(temporary / shard), metadata={"format": "pt"})
         if shard_of:
             (temporary / _INDEX).write_text(json.dumps(_index(by_shard), indent=2))
 

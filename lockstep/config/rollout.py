@@ -79,7 +79,7 @@ class RolloutOptions(OptionGroup):
     rollout_max_prompt_len: Count | None = None
     """Prompts of more tokens are left out and counted."""
     rollout_max_context_len: Count | None = None
-    """Most tokens of prompt and response together."""
+    """Most tokens of prompt and response together. Prompts that leave no room for a response are left out."""
     rollout_stop: tuple[str, ...] = ()
     """Texts that end a response."""
     rollout_stop_token_ids: tuple[Index, ...] = ()
@@ -112,6 +112,13 @@ class RolloutOptions(OptionGroup):
         checks.a_sample_must_fit(self)
         checks.sampling_values_must_mean_something(self)
         return self
+
+    @property
+    def longest_prompt(self) -> int | None:
+        """Most tokens of a prompt that is used: rollout_max_prompt_len, or what leaves room in the context."""
+        if self.rollout_max_prompt_len is None and self.rollout_max_context_len is not None:
+            return self.rollout_max_context_len - 1
+        return self.rollout_max_prompt_len
 
     @property
     def samples_per_rollout(self) -> int:

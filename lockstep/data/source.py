@@ -174,7 +174,7 @@ class RolloutDataSourceWithBuffer:
             raise OptionError("--prompt-data", None, "there is nothing to train on.", "Give a .jsonl or .parquet file.")
         prompts = PromptStream(
             PromptReader(data.prompt_data, tokenizer, PromptFormat.from_config(config)),
-            rollout_max_prompt_len=rollout.rollout_max_prompt_len,
+            rollout_max_prompt_len=rollout.longest_prompt,
             rollout_shuffle=data.rollout_shuffle,
             rollout_seed=data.rollout_seed,
             skip_malformed_rows=data.skip_malformed_rows,

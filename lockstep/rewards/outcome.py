@@ -23,6 +23,9 @@ class Outcome(StrEnum):
     """The reward returned something that cannot be trained on: NaN, None, a list of the wrong length."""
 
 
+FAILURES = tuple(outcome for outcome in Outcome if outcome is not Outcome.OK)
+
+
 @dataclass(frozen=True)
 class RewardOutcome:
     """The end of one sample's reward call, after the failure policy."""

@@ -22,7 +22,7 @@ from typing import Any
 
 from lockstep.errors import RolloutError
 from lockstep.metrics import eval_metrics
-from lockstep.rewards import Outcome, RewardOutcome, RewardPool
+from lockstep.rewards import FAILURES, RewardOutcome, RewardPool
 from lockstep.rollout.evaluation import EvalSet
 from lockstep.rollout.hooks import RolloutHooks
 from lockstep.rollout.policy import Policy, current_policy, set_current_policy
@@ -68,7 +68,7 @@ class _Round:
     def count_rewards(self, outcomes: list[RewardOutcome]) -> None:
         """Of groups that are judged, not in the pool: it also knows those that just had time enough before the cut."""
         for outcome in outcomes:
-            if outcome.outcome is not Outcome.OK:
+            if outcome.outcome in FAILURES:
                 self.counts[f"reward_{outcome.outcome}"] += 1
                 self.first_failure = self.first_failure or outcome.detail.partition("\n")[0]
 
@@ -103,8 +103,8 @@ async def generate_rollout(
     if context.hooks.sample_filter is not None:
         context.hooks.sample_filter(args, state.kept)
     if context.hooks.all_samples_process is not None:
-        context.hooks.all_samples_process(args, state.kept + state.dropped, data_source)
-    metrics = {f"rollout/reward_{outcome}": 0.0 for outcome in Outcome if outcome is not Outcome.OK}
+        context.hooks.all_samples_process(args, state.kept + state.dropped + state.spare, data_source)
+    metrics = dict.fromkeys((f"rollout/reward_{outcome}" for outcome in FAILURES), 0.0)
     metrics |= {f"rollout/{name}": float(value) for name, value in state.counts.items()}
     metrics["rollout/prompts_trained"] = float(len(state.kept))
     metrics["perf/rollout_time"] = time.perf_counter() - started

@@ -85,8 +85,9 @@ class LocalTrainer:
         results: list[LogProbs | None] = [None] * len(samples)
         for members in self._micro_batches(samples, self.batching.log_probs_max_tokens_per_gpu):
             batch = MicroBatch.build([samples[i] for i in members], self.device)
-            choose: ChooseExperts = top_k_experts if reference else self._choose_experts(batch)
-            records = RecordRoutes() if self.routing == "old" and not reference else None
+            replays = self.routing == "rollout"
+            choose: ChooseExperts = top_k_experts if reference else _choose_experts(batch, replays=replays)
+            records = RecordRoutes(choose) if self.routing == "old" and not reference else None
             policy_R, _ = self._forward(model, batch, records or choose, with_entropy=False)
             for index, result in zip(members, _per_sample(batch, policy_R, choose), strict=True):
                 results[index] = result
@@ -101,7 +102,7 @@ class LocalTrainer:
         totals: dict[str, float] = {}
         for members in self._micro_batches(samples, self.batching.max_tokens_per_gpu):
             batch = MicroBatch.build([samples[i] for i in members], self.device)
-            choose = self._choose_experts(batch)
+            choose = _choose_experts(batch, replays=self.routing != "own")
             policy_R, entropy_R = self._forward(self.model, batch, choose, with_entropy=self.needs_entropy)
             output = self.loss(
                 LossInputs(
@@ -178,11 +179,6 @@ class LocalTrainer:
             return pack_by_tokens([len(s.tokens) for s in samples], max_tokens)
         return pack_by_count(len(samples), self.batching.micro_batch_size)
 
-    def _choose_experts(self, batch: MicroBatch) -> ChooseExperts:
-        if batch.routed_experts_TLS is None:
-            return top_k_experts
-        return (CompareRoutes if self.routing == "own" else ReplayRoutes)(batch.routed_experts_TLS)
-
     def _forward(
         self, model: Qwen3, batch: MicroBatch, choose: ChooseExperts, *, with_entropy: bool
     ) -> tuple[Tensor, Tensor | None]:
@@ -197,6 +193,12 @@ class LocalTrainer:
             chunk_rows=self.batching.log_probs_chunk_size if self.batching.log_probs_chunk_size > 0 else None,
             with_entropy=with_entropy,
         )
+
+
+def _choose_experts(batch: MicroBatch, *, replays: bool) -> ChooseExperts:
+    if batch.routed_experts_TLS is None:
+        return top_k_experts
+    return (ReplayRoutes if replays else CompareRoutes)(batch.routed_experts_TLS)
 
 
 def _per_sample(batch: MicroBatch, log_probs_R: Tensor, choose: ChooseExperts) -> list[LogProbs]:

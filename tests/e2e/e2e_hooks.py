@@ -186,8 +186,14 @@ def at_sample(args: Any, sample: Sample, *, rollout_id: int, evaluation: bool) -
 def two_of_three(args: Any, samples: list[Sample]) -> DynamicFilterOutput:
     """Drop every third group; draw from the global generator, as a user's filter may."""
     random.random()
+    strike("filter", samples[0].group_index)
     keep = samples[0].group_index % 3 != 1
     return DynamicFilterOutput(keep=keep, reason=None if keep else "third")
+
+
+def better_than_nothing(args: Any, samples: list[Sample]) -> DynamicFilterOutput:
+    """Keeps no group for its own sake."""
+    return DynamicFilterOutput(keep=False, reason="never", keep_when_insufficient=True)
 
 
 def shake_advantages(args: Any, rollout_id: int, rollout_data: Any) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Workshop, assert_same_checkpoint, flags, hook, read_metrics, run, write_model
+from e2e_runs import Workshop, assert_same_checkpoint, flags, hook, read_metrics, run, write_model
 from safetensors.torch import load_file, save_file
 
 from lockstep.checkpoint.training import list_checkpoints

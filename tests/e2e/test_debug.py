@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Workshop, checkpoint_tensors, flags, hook, read_metrics
+from e2e_runs import Workshop, checkpoint_tensors, flags, hook, read_metrics
 
 from lockstep.checkpoint.training import read_state
 from lockstep.cli import main

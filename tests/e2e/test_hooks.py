@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Workshop, hook, read_metrics
+from e2e_runs import Workshop, hook, read_metrics
 from safetensors.torch import load_file
 
 from lockstep.cli import main

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import torch
-from conftest import Workshop, read_metrics, run
+from e2e_runs import Workshop, read_metrics, run
 
 OWN = '''
 import json

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import (
+from e2e_runs import (
     Workshop,
     assert_nobody_lives,
     assert_same_checkpoint,

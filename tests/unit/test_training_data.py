@@ -98,7 +98,22 @@ def test_branches_that_do_not_stand_side_by_side_stay_in_one_step() -> None:
     for member in groups[0] + groups[1]:
         member.tokens[0] = member.index or 0
     data = data_of(groups, num_steps=2)
-    assert [[sample.tokens[0] for sample in step] for step in data.steps] == [[0, 2, 1], [3, 4]]
+    assert [[sample.tokens[0] for sample in step] for step in data.steps] == [[0, 1, 2], [3, 4]]
+
+
+def test_a_single_step_holds_the_samples_in_the_order_of_the_rollout() -> None:
+    """Its log-probs are read beside the samples of the rollout, wherever branches stand."""
+    groups = [[sample(0, 1.0), sample(1, 0.0), sample(2, 0.0, rollout_id=0)], [sample(3, 1.0), sample(4, 0.0)]]
+    data = data_of(groups)
+    assert all(a is b for a, b in zip(data.steps[0], data.train_samples, strict=True))
+
+
+@pytest.mark.parametrize("rewards", [[1.0], [1.0, float("nan")]])
+def test_what_a_rollout_function_or_a_file_brought_without_advantage_is_refused(rewards: list[float]) -> None:
+    groups = [[sample(i, reward) for i, reward in enumerate(rewards)]]
+    with pytest.raises(RolloutError, match="single sample|not finite") as raised:
+        data_of(groups)
+    assert raised.value.remedy
 
 
 GROUPS = st.lists(st.lists(st.integers(1, 3), min_size=2, max_size=5), min_size=1, max_size=6)

@@ -27,13 +27,14 @@ def top_k_experts(moe_index: int, probs_TE: Tensor, top_k: int) -> Tensor:
 
 
 class RecordRoutes:
-    """The router decides and is remembered in `layers`, one `[T, S]` tensor per sparse layer."""
+    """What `choose` decides (the router itself, if nothing else) is kept in `layers`, `[T, S]` per sparse layer."""
 
-    def __init__(self) -> None:
+    def __init__(self, choose: ChooseExperts = top_k_experts) -> None:
+        self.choose = choose
         self.layers: list[Tensor] = []
 
     def __call__(self, moe_index: int, probs_TE: Tensor, top_k: int) -> Tensor:
-        chosen_TS = top_k_experts(moe_index, probs_TE, top_k)
+        chosen_TS = self.choose(moe_index, probs_TE, top_k)
         self.layers.append(chosen_TS)
         return chosen_TS
 

@@ -26,6 +26,9 @@ _SETTLE_TURNS = 8
 """Turns of the event loop between steps in which generate functions may react to a finished request, so that a
 follow-up request joins the next step whatever the clock does."""
 
+_ONE_THREAD_BYTES = 64 * 2**20
+"""Weights below this are read by one CPU core faster than a second one is woken for each small operation."""
+
 
 class EmbeddedEngine:
     """Continuous batching over a paged cache.
@@ -57,7 +60,7 @@ class EmbeddedEngine:
         """Requests whose callers wait; touched by the event loop's thread only."""
         self._driver: asyncio.Task[None] | None = None
         self._thread = ThreadPoolExecutor(
-            1, "engine", initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),)
+            1, "engine", initializer=torch.set_num_threads, initargs=(_num_threads(model),)
         )
 
     async def generate(self, input_ids: Tokens[int], params: SamplingParams, stream: tuple[int, ...]) -> Generation:
@@ -209,3 +212,9 @@ class EmbeddedEngine:
 async def _settle() -> None:
     for _ in range(_SETTLE_TURNS):
         await asyncio.sleep(0)
+
+
+def _num_threads(model: Qwen3) -> int:
+    """CPU threads of the engine's operations: a fixed rule, because results repeat for equal numbers only."""
+    num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    return 1 if num_bytes < _ONE_THREAD_BYTES else torch.get_num_threads()

@@ -158,7 +158,8 @@ def test_old_routing_replays_the_pass_that_computed_the_old_log_probs_on_later_s
     for sample in batch:
         sample.routed_experts = other_routes(model, sample)  # the sampler's, which R2 does not use
     trainer = tiny_trainer(model, routing="old", lr=0.5)
-    trainer.log_probs(batch)
+    compared = trainer.log_probs(batch)
+    assert all(r.routes_differ is not None and r.routes_differ.all() for r in compared), "flips are traced here too"
     for sample, routes in zip(batch, wanted, strict=True):
         assert sample.routed_experts is not None
         assert (sample.routed_experts[:-1] == routes).all()
