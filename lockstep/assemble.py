@@ -16,7 +16,7 @@ import torch
 
 from lockstep.algorithms import AdvantageEstimator, loss_from_options, make_advantage_estimator
 from lockstep.checkpoint.hf import load_hf_model, read_hf_config
-from lockstep.checkpoint.training import find_checkpoint
+from lockstep.checkpoint.training import find_checkpoint, read_state
 from lockstep.config import Config
 from lockstep.config.hooks import load_function, load_hook, load_optional_hook, our_path
 from lockstep.config.model_flags import check_model_flags
@@ -95,9 +95,13 @@ def assemble(config: Config, stack: AsyncExitStack, on_sample: Callable[[int], N
         num_steps=num_rollout * config.rollout.steps_per_rollout,
         on_micro_batch=on_sample,
     )
-    engine, context = None, None
+    checkpoint = find_checkpoint(Path(config.checkpoint.load)) if config.checkpoint.load else None
+    engine, context, kv_tokens = None, None, None
     if samples_something:
-        engine = _embedded_engine(config, stack.enter_context(trainer.rollout_weights()), tokenizer, max_context_len)
+        kv_tokens = _kv_tokens(config, model, max_context_len, checkpoint)
+        engine = _embedded_engine(
+            config, stack.enter_context(trainer.rollout_weights()), tokenizer, kv_tokens, max_context_len
+        )
         stack.callback(engine.close)
         context = RolloutContext(
             policy=Policy(
@@ -122,7 +126,6 @@ def assemble(config: Config, stack: AsyncExitStack, on_sample: Callable[[int], N
     if is_sft and our_path(config.rollout.rollout_function_path) == _DEFAULT_ROLLOUT:
         rollout_function = SftRollout(SftTokenizer(tokenizer))
     eval_path = config.eval.eval_function_path or config.rollout.rollout_function_path
-    checkpoint = find_checkpoint(Path(config.checkpoint.load)) if config.checkpoint.load else None
     run = Run(
         config=config,
         args=args,
@@ -143,6 +146,7 @@ def assemble(config: Config, stack: AsyncExitStack, on_sample: Callable[[int], N
         run_dir=Path(config.logging.run_dir),
         num_rollout=num_rollout,
         next_rollout_id=config.rollout.start_rollout_id or 0,
+        kv_tokens=kv_tokens,
     )
     resume_run(run, checkpoint)
     return run
@@ -225,12 +229,14 @@ def _stop_token_ids(folder: Path, hf_config: dict[str, Any], tokenizer: Any) -> 
     return tuple(sorted(found))
 
 
-def _embedded_engine(config: Config, model: Qwen3, tokenizer: Any, max_context_len: int) -> EmbeddedEngine:
+def _embedded_engine(
+    config: Config, model: Qwen3, tokenizer: Any, kv_tokens: int, max_context_len: int
+) -> EmbeddedEngine:
     options = config.rollout
     block_size = options.rollout_block_size
     return EmbeddedEngine(
         model,
-        num_blocks=-(-_kv_tokens(config, model, max_context_len) // block_size),
+        num_blocks=-(-kv_tokens // block_size),
         block_size=block_size,
         max_running=options.rollout_max_running_requests,
         max_prefill_tokens=max(16384, max_context_len),
@@ -239,11 +245,14 @@ def _embedded_engine(config: Config, model: Qwen3, tokenizer: Any, max_context_l
     )
 
 
-def _kv_tokens(config: Config, model: Qwen3, max_context_len: int) -> int:
-    """Tokens of the KV cache: the option, else what the running requests can need, within a share of free memory."""
+def _kv_tokens(config: Config, model: Qwen3, max_context_len: int, checkpoint: Path | None) -> int:
+    """Tokens of the KV cache: the option, else what the checkpoint's run had, else what the running requests can need,
+    within a share of free memory."""
     options = config.rollout
     if options.rollout_max_tokens is not None:
         return options.rollout_max_tokens
+    if checkpoint is not None and (earlier := read_state(checkpoint).get("kv_tokens")) is not None:
+        return int(earlier)
     weight = model.lm_head.weight
     shape = model.config
     token_bytes = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * weight.element_size()

@@ -58,6 +58,8 @@ class Run:
     run_dir: Path
     num_rollout: int
     next_rollout_id: int = 0
+    kv_tokens: int | None = None
+    """Tokens of the embedded engine's cache. It decides who is preempted, so a resumed run keeps the number."""
     checkpoint: Path | None = None
     """Where it was resumed from."""
     unlogged: dict[str, float] | None = None
@@ -72,6 +74,7 @@ class Run:
             "trainer": self.trainer.state_dict(),
             "data_source": self.data_source.state_dict(),
             "random": random_states(),
+            "kv_tokens": self.kv_tokens,
             "unlogged": self.unlogged,
         }
 

@@ -42,8 +42,17 @@ def make_training_data(
         num_steps: optimizer steps; rollouts (samples that share a rollout_id) are never split between two.
     """
     samples = [sample for group in groups for sample in group]
+    needs_log_probs = args.use_rollout_logprobs or args.use_tis or args.get_mismatch_metrics
     for sample in samples:
         _check(sample)
+        if needs_log_probs and sample.rollout_log_probs is None:
+            raise RolloutError(
+                f"sample {sample.index}",
+                None,
+                "it has no rollout_log_probs, which the loss of these options reads.",
+                "Keep them in the generate function, or leave out --use-tis, --use-rollout-logprobs and "
+                "--get-mismatch-metrics.",
+            )
     train_samples = [_train_sample(sample) for sample in samples]
     if reward_post_process is not None:
         advantages = _post_processed(reward_post_process(args, samples), len(samples))

@@ -100,12 +100,9 @@ def paged_attention(q_BQNH: Tensor, kv_cache: Tensor, block_tables: Tensor, bias
     length = block_tables.shape[1] * block_size
     rows = kv_cache.flatten(0, 1).flatten(2).index_select(1, block_tables.flatten())
     k, v = rows.view(2, num_keys * batch, length, head_dim)
-    q_KBGQH = q_BQNH.unflatten(2, (num_keys, -1)).permute(2, 0, 3, 1, 4)
+    q_KBGQH = (q_BQNH * head_dim**-0.5).unflatten(2, (num_keys, -1)).permute(2, 0, 3, 1, 4)
     groups = q_KBGQH.shape[2]
-    bias = (
-        bias_BQL[None, :, None].expand(num_keys, -1, groups, -1, -1).reshape(num_keys * batch, groups * width, length)
-    )
-    q = q_KBGQH.reshape(num_keys * batch, groups * width, head_dim)
-    scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=head_dim**-0.5)
-    out = torch.bmm(scores.softmax(-1, dtype=torch.float32).to(v.dtype), v)
+    scores = torch.bmm(q_KBGQH.reshape(num_keys * batch, groups * width, head_dim), k.transpose(1, 2)).float()
+    scores.view(num_keys, batch, groups, width, length).add_(bias_BQL[None, :, None])
+    out = torch.bmm(scores.softmax(-1).to(v.dtype), v)
     return out.view(num_keys, batch, groups, width, head_dim).permute(1, 3, 0, 2, 4).flatten(2, 3)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lockstep.algorithms import token_loss_weights
 from lockstep.kernels.linear_log_probs import KeptTokens
 
 
@@ -87,11 +88,9 @@ class MicroBatch:
         responses = [s.response_length for s in samples]
         ends = np.cumsum(lengths)
         rows = [np.arange(end - r - 1, end - 1) for end, r in zip(ends, responses, strict=True)]
-        per_token = torch.tensor(responses)
-
-        def spread(values: list[float]) -> Tensor:
-            return torch.tensor(values, dtype=torch.float32).repeat_interleave(per_token).to(device)
-
+        sample_ids = torch.arange(len(samples)).repeat_interleave(torch.tensor(responses)).to(device)
+        loss_weights = torch.tensor([s.loss_weight for s in samples], dtype=torch.float32, device=device)
+        advantages = torch.tensor([s.advantage for s in samples], dtype=torch.float32, device=device)
         mask = torch.tensor(list(chain.from_iterable(s.loss_mask for s in samples)), dtype=torch.bool, device=device)
         return cls(
             lengths=lengths,
@@ -102,10 +101,10 @@ class MicroBatch:
             targets_R=torch.tensor(
                 list(chain.from_iterable(s.tokens[len(s.tokens) - s.response_length :] for s in samples)), device=device
             ),
-            sample_ids_R=torch.arange(len(samples)).repeat_interleave(per_token).to(device),
+            sample_ids_R=sample_ids,
             loss_mask_R=mask,
-            loss_weights_R=spread([s.loss_weight for s in samples]) * mask,
-            advantages_R=spread([s.advantage for s in samples]),
+            loss_weights_R=token_loss_weights(loss_weights, sample_ids, mask),
+            advantages_R=advantages[sample_ids],
             rollout_log_probs_R=_concatenated([s.rollout_log_probs for s in samples], device),
             old_log_probs_R=_concatenated([s.old_log_probs for s in samples], device),
             ref_log_probs_R=_concatenated([s.ref_log_probs for s in samples], device),

@@ -86,6 +86,20 @@ def test_a_second_turn_finds_the_first_one_in_the_cache() -> None:
     assert (warm.routed_experts == cold.routed_experts).all()
 
 
+@pytest.mark.parametrize("most_padded_scores", [1, 40 * 40])
+def test_samples_that_are_computed_in_several_passes_find_the_prompt_of_their_group(most_padded_scores: int) -> None:
+    """An earlier request leaves a prefix that all share, so the first of a group is padded like the others."""
+    model, system = tiny_moe(), random_documents([8], seed=1)[0]
+    requests = [replace(r, prompt=system + r.prompt) for r in group_requests(2, 4, prompt_tokens=30)]
+    wanted = tokens(serve(make_engine(model), requests))
+    engine = make_engine(model)
+    engine.runner.most_padded_scores = most_padded_scores
+    serve(engine, [Request([*system, 5], SamplingParams(max_new_tokens=1), (0, 0, 9, 9))])
+    generations = serve(engine, requests)
+    assert [g.cached_tokens for g in generations] == [8, 36, 36, 36, 8, 36, 36, 36]
+    assert tokens(generations) == wanted
+
+
 def test_new_weights_find_an_empty_prefix_cache() -> None:
     engine, requests = make_engine(tiny_dense()), group_requests(1, 2)
     serve(engine, requests)

@@ -15,6 +15,7 @@ from lockstep.training_data import TrainingData, make_training_data
 from lockstep.types import Sample
 
 GRPO = make_advantage_estimator()
+READS_ROLLOUT_LOG_PROBS = ("use_tis", "use_rollout_logprobs", "get_mismatch_metrics")
 
 
 def sample(index: int, reward: float = 0.0, response_length: int = 3, **fields: Any) -> Sample:
@@ -23,7 +24,8 @@ def sample(index: int, reward: float = 0.0, response_length: int = 3, **fields: 
 
 
 def args(**changes: Any) -> Any:
-    defaults = {"calculate_per_token_loss": False, "reward_key": None, "normalize_advantages": False}
+    switches = ("calculate_per_token_loss", "normalize_advantages", *READS_ROLLOUT_LOG_PROBS)
+    defaults = dict.fromkeys(switches, False) | {"reward_key": None}
     return SimpleNamespace(**(defaults | changes))
 
 
@@ -194,3 +196,12 @@ def test_an_inconsistent_sample_is_refused_by_its_number(fields: dict[str, Any])
         data_of([[sample(0, 1.0), sample(17, 0.0, **fields)]])
     assert raised.value.field == "sample 17"
     assert raised.value.remedy
+
+
+@pytest.mark.parametrize("option", READS_ROLLOUT_LOG_PROBS)
+def test_a_sample_without_the_log_probs_that_the_loss_reads_is_refused_by_its_number(option: str) -> None:
+    complete = sample(0, 1.0, rollout_log_probs=[-1.0] * 3)
+    with pytest.raises(RolloutError, match="no rollout_log_probs") as raised:
+        data_of([[complete, sample(17)]], **{option: True})
+    assert raised.value.field == "sample 17"
+    data_of([[complete, sample(17, rollout_log_probs=[-1.0] * 3)]], **{option: True})

@@ -19,13 +19,18 @@ from lockstep.rollout.embedded.sequence import Sequence
 
 
 class ModelRunner:
-    """Owns the cache tensors; borrows the model from the trainer and never copies a weight."""
+    """Owns the cache tensors; borrows the model from the trainer and never copies a weight.
 
-    def __init__(self, model: Qwen3, *, num_blocks: int, block_size: int) -> None:
+    Args:
+        most_padded_scores: attention scores per head that one padded pass may hold; a single sequence may exceed it.
+    """
+
+    def __init__(self, model: Qwen3, *, num_blocks: int, block_size: int, most_padded_scores: int = 2**22) -> None:
         config = model.config
         weight = model.lm_head.weight
         self.model = model
         self.block_size = block_size
+        self.most_padded_scores = most_padded_scores
         shape = (config.num_hidden_layers, 2, config.num_key_value_heads, num_blocks, block_size, config.head_dim)
         self.kv_cache = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
         self.routed_experts: Tensor | None = None
@@ -43,6 +48,10 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, sequences: list[Sequence]) -> None:
         """Compute every uncomputed token of the sequences and append one sampled token to each."""
+        for together in passes(sequences, self.most_padded_scores):
+            self._run_pass(together)
+
+    def _run_pass(self, sequences: list[Sequence]) -> None:
         batch = _Batch(sequences, self.block_size, self.kv_cache)
         routes = RecordRoutes()
         hidden_TD = self.model(batch.input_ids, batch.positions, _PagedAttend(self.kv_cache, batch), routes)
@@ -83,6 +92,24 @@ class ModelRunner:
 
     def _row(self, values: list[int] | list[float], dtype: torch.dtype) -> Tensor:
         return torch.tensor(values, dtype=dtype).to(self.device, non_blocking=True)
+
+
+def passes(sequences: list[Sequence], most_padded_scores: int) -> list[list[Sequence]]:
+    """Sequences to compute together, one list after the other.
+
+    Those that begin from nothing are packed and come first. The others are padded to the widest of their pass, and may
+    share blocks that an earlier one is filling: they keep their order.
+    """
+    fresh = [s for s in sequences if s.num_computed_tokens == 0]
+    padded: list[list[Sequence]] = []
+    width = longest = 0
+    for sequence in (s for s in sequences if s.num_computed_tokens):
+        width, longest = max(width, sequence.num_uncomputed_tokens), max(longest, len(sequence.tokens))
+        if not padded or (len(padded[-1]) + 1) * width * longest > most_padded_scores:
+            width, longest = sequence.num_uncomputed_tokens, len(sequence.tokens)
+            padded.append([])
+        padded[-1].append(sequence)
+    return [fresh, *padded] if fresh else padded
 
 
 def _forbidden(sequences: list[Sequence], logits_BV: Tensor) -> Tensor | None:

@@ -59,7 +59,7 @@ class Scheduler:
                 break
             if not self.blocks.allocate(sequence):
                 break
-            budget -= len(sequence.tokens) - sequence.num_computed_tokens
+            budget -= sequence.num_uncomputed_tokens
             if sequence.num_new_tokens == 0:
                 sequence.cached_tokens = sequence.num_computed_tokens
             admitted.append(self.waiting.pop(0))

@@ -41,9 +41,8 @@ class Sequence:
         return self.tokens[len(self.prompt) :]
 
     @property
-    def is_decoding(self) -> bool:
-        """Only the last token is still to be computed."""
-        return self.num_computed_tokens == len(self.tokens) - 1 and self.num_new_tokens > 0
+    def num_uncomputed_tokens(self) -> int:
+        return len(self.tokens) - self.num_computed_tokens
 
     def kept_offsets(self) -> list[int]:
         return [0, *accumulate(len(ids) for ids in self.kept)]
