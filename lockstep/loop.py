@@ -80,6 +80,7 @@ async def finish_step(run: Run, observer: Observer, stop: GracefulStop, metrics:
     """Evaluate, log and save, where it is time, after the step before `run.next_rollout_id`.
 
     Raises:
+        ParityError: sampler and trainer disagreed in this step; it is logged, for the report, but not saved.
         Interrupted: the user asked to stop; the checkpoint is written.
     """
     options, rollout_id = run.config, run.next_rollout_id - 1
@@ -93,6 +94,7 @@ async def finish_step(run: Run, observer: Observer, stop: GracefulStop, metrics:
             raise
         run.unlogged = None
     observer.log(rollout_id, metrics)
+    require_parity(metrics, options.algorithm.logprob_diff_limit)
     if is_due(rollout_id, options.checkpoint.save_interval, is_last) or stop.requested:
         save(run, observer, run.state())
     if stop.requested and not is_last:
@@ -136,7 +138,6 @@ def train_on(run: Run, observer: Observer, rollout_id: int, groups: list[Group])
     parity = measure_parity(data.samples, policy, version)
     if parity is not None:
         metrics |= parity.metrics()
-        require_parity(parity, run.config.algorithm.logprob_diff_limit)
     observer.keep_samples(rollout_id, data, policy)
     update_interval = run.config.algorithm.ref_update_interval
     if update_interval is not None and (rollout_id + 1) % update_interval == 0:

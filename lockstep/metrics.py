@@ -162,12 +162,6 @@ ROLLOUT = (
         "rollout/overlong_prompts", "prompts", "Prompts left out so far because they exceed the length limit.", "down"
     ),
     _ours("rollout/malformed_rows", "rows", "Rows left out so far under `--skip-malformed-rows`.", "down"),
-    _ours(
-        "rollout/engine_preemptions",
-        "sequences",
-        "Sequences that lost their KV cache to others and were prefilled again.",
-        "down",
-    ),
 )
 
 PERF = (
@@ -177,14 +171,7 @@ PERF = (
     ),
     Metric("perf/wait_time_ratio", "fraction", "`perf/train_wait_time` over `perf/step_time`.", "down"),
     Metric("perf/rollout_time", "s", "Sampling and rewards, from the first prompt to the last reward.", "down"),
-    _ours(
-        "perf/reward_time",
-        "s",
-        "The part of `perf/rollout_time` in which sampling was over and rewards were awaited.",
-        "down",
-    ),
     Metric("perf/train_time", "s", "All of training: data, log-probs, updates.", "down"),
-    Metric("perf/data_preprocess_time", "s", "Packing samples into micro-batches.", "down"),
     Metric(
         "perf/log_probs_time",
         "s",
@@ -193,7 +180,6 @@ PERF = (
     ),
     Metric("perf/ref_log_probs_time", "s", "Forward pass of the reference model.", "down"),
     Metric("perf/actor_train_time", "s", "Forward, backward and optimizer.", "down"),
-    Metric("perf/update_weights_time", "s", "Making the new weights visible to the sampler.", "down"),
     _ours("perf/eval_time", "s", "Evaluation on held-out prompts.", "down"),
     Metric("perf/save_model_time", "s", "Writing the checkpoint (of the step before).", "down"),
     Metric(
@@ -218,15 +204,6 @@ PERF = (
         "down",
     ),
     Metric("perf/actor_train_tok_per_s", "tokens/s", "Tokens trained on per second of `perf/actor_train_time`.", "up"),
-    Metric("perf/actor_train_tflops", "TFLOP/s", "Model arithmetic of the update per second and GPU.", "up"),
-    Metric("perf/log_probs_tflops", "TFLOP/s", "Model arithmetic of the log-prob pass per second and GPU.", "up"),
-    _ours("perf/packing_efficiency", "fraction", "Real tokens over the room in the packed micro-batches.", "up"),
-    _ours(
-        "perf/peak_memory_bytes",
-        "bytes",
-        "Most device memory in use at one time during the step (resident set on a CPU).",
-        "down",
-    ),
 )
 
 EVAL = (

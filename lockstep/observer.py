@@ -126,7 +126,8 @@ class Observer:
             metrics["rollout/ref_log_probs"] = declared.token_mean_per_sample([r.tolist() for r in references], masks)
         if self.run.advantage_estimator is not None:
             advantages = [sample.advantage for sample in data.train_samples]
-            metrics["rollout/advantages"] = metrics["rollout/rewards"] = sum(advantages) / len(advantages)
+            of_advantages = ("rollout/advantages", "rollout/returns", "rollout/rewards")
+            metrics |= dict.fromkeys(of_advantages, sum(advantages) / len(advantages))
         if self.run.config.logging.log_correct_samples:
             log_probs = [p.log_probs.tolist() for p in policy]
             metrics |= declared.correct_sample_metrics(data.samples, log_probs, self.run.args)

@@ -50,7 +50,7 @@ def find_checkpoint(load: Path) -> Path | None:
     found = list_checkpoints(load)
     if found:
         return found[-1]
-    if load.is_dir() and any(not path.name.endswith(TEMPORARY_SUFFIX) for path in load.iterdir()):
+    if load.is_dir() and not all(_is_left_over(path) for path in load.iterdir()):
         raise CheckpointError(
             "--load",
             str(load),
@@ -58,6 +58,11 @@ def find_checkpoint(load: Path) -> Path | None:
             "Give the --save folder of a run; HF weights belong to --hf-checkpoint.",
         )
     return None
+
+
+def _is_left_over(path: Path) -> bool:
+    """What a run that has saved nothing yet may find: an unfinished save, and what `earlier.set_aside` moved."""
+    return path.name.endswith(TEMPORARY_SUFFIX) or path.name.startswith("earlier-")
 
 
 def save_checkpoint(

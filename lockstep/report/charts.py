@@ -15,13 +15,10 @@ SMOOTH_FROM = 24
 """Steps from which a noisy line gets a running mean over a twelfth of the run."""
 
 PHASES = (
-    ("sampling", "perf/rollout_time"),
-    ("rewards", "perf/reward_time"),
-    ("packing", "perf/data_preprocess_time"),
+    ("sampling and rewards", "perf/rollout_time"),
     ("reference log-probs", "perf/ref_log_probs_time"),
     ("old log-probs", "perf/log_probs_time"),
     ("update", "perf/actor_train_time"),
-    ("weight sync", "perf/update_weights_time"),
     ("eval", "perf/eval_time"),
     ("save", "perf/save_model_time"),
 )
@@ -153,10 +150,9 @@ SPEED = (
     ),
     ChartSpec(
         "Efficiency",
-        "How full the packed micro-batches are, how much of each step the trainer waits, what the prefix cache saves.",
+        "How much of each step the trainer waits, and what the prefix cache saves.",
         "fraction",
         (
-            ("perf/packing_efficiency", "packing"),
             ("perf/wait_time_ratio", "waiting"),
             ("rollout/prefix_cache_hit_rate", "prefix cache hits"),
         ),
@@ -218,19 +214,11 @@ def with_running_mean(raw: Line) -> list[Line]:
 
 
 def phase_times(rows: Sequence[Row]) -> Chart | None:
-    """Seconds of each step by phase; sampling excludes the wait for rewards, "other" is the rest of the step."""
+    """Seconds of each step by phase; "other" is the rest of the step."""
     steps = [row for row in rows if "perf/step_time" in row]
     if not steps:
         return None
-    lines = []
-    for name, metric in PHASES:
-        seconds = [row.get(metric) or 0.0 for row in steps]
-        if name == "sampling":
-            seconds = [
-                max(0.0, total - (row.get("perf/reward_time") or 0.0))
-                for total, row in zip(seconds, steps, strict=True)
-            ]
-        lines.append(seconds)
+    lines = [[row.get(metric) or 0.0 for row in steps] for _, metric in PHASES]
     other = [max(0.0, (row["perf/step_time"] or 0.0) - sum(parts)) for row, *parts in zip(steps, *lines, strict=True)]
     x = [row["step"] for row in steps]
     names = [*(name for name, _ in PHASES), "other"]

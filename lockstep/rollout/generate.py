@@ -231,7 +231,7 @@ async def _evaluate(args: Any, rollout_id: int, context: RolloutContext) -> Roll
     by their weights alone."""
     data: dict[str, dict[str, Any]] = {}
     for number, eval_set in enumerate(context.eval_sets):
-        set_current_policy(replace(context.policy, stream=(1, number), max_context_len=eval_set.max_context_len))
+        set_current_policy(replace(context.policy.for_stream(1, number), max_context_len=eval_set.max_context_len))
         groups = [list(group) for _, group in groupby(copy.deepcopy(eval_set.samples), key=lambda s: s.group_index)]
         finished = await _gather(
             [

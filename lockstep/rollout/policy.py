@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -47,9 +48,11 @@ class Policy:
     skip_special_tokens: bool = False
     stream: tuple[int, ...] = ()
     """First parts of every random stream's key."""
+    drawn: Counter[tuple[int, ...]] = field(default_factory=Counter)
+    """How often each sample was extended from each length: branches of one sample get random numbers of their own."""
 
     def for_stream(self, *stream: int) -> Policy:
-        return replace(self, stream=stream)
+        return replace(self, stream=stream, drawn=Counter())
 
     def start(self, sample: Sample) -> None:
         """Tokenize the prompt of a sample that has no tokens yet."""
@@ -72,8 +75,7 @@ class Policy:
             return Generation([], [], "length", [])
         params = SamplingParams.from_dict(sampling_params)
         params = replace(params, stop_token_ids=(*params.stop_token_ids, *self.stop_token_ids)).with_room(room)
-        stream = (*self.stream, sample.group_index or 0, sample.index or 0)
-        generation = await self.engine.generate(sample.tokens, params, stream)
+        generation = await self.engine.generate(sample.tokens, params, self._next_stream(sample))
         written_before = sample.response_length
         sample.append_response_tokens(
             None,
@@ -87,6 +89,13 @@ class Policy:
         _record_kept(sample, generation, written_before)
         sample.metadata["cached_tokens"] = sample.metadata.get("cached_tokens", 0) + generation.cached_tokens
         return generation
+
+    def _next_stream(self, sample: Sample) -> tuple[int, ...]:
+        stream = (*self.stream, sample.group_index or 0, sample.index or 0)
+        place = (*stream, len(sample.tokens))
+        branch = self.drawn[place]
+        self.drawn[place] += 1
+        return (*stream, branch) if branch else stream
 
 
 def _record_kept(sample: Sample, generation: Generation, written_before: int) -> None:

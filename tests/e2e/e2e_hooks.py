@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import os
 import random
@@ -24,8 +25,9 @@ MOMENT = os.environ.get("E2E_MOMENT", "")
 """When this process sends itself a signal: `SIGKILL train 3`, `SIGKILL save:state rollout_0000003`."""
 
 
+@functools.cache
 def strike(moment: str, place: object) -> None:
-    """Send the signal if this is the moment."""
+    """Send the signal if this is the moment, once: a second would stop the run at once."""
     name, _, when = MOMENT.partition(" ")
     if when == f"{moment} {place}":
         os.kill(os.getpid(), signal.Signals[name])

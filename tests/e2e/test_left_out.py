@@ -33,6 +33,14 @@ def test_rewards_that_fail_in_an_evaluation_are_said(workshop: Workshop, tmp_pat
     assert "rewards failed in this evaluation and count as 0 there: 8 exception" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("rm_type", "is_said"), [("deepscaler", True), ("random", False)])
+def test_a_step_in_which_nobody_ended_its_thinking_says_why_all_scored_zero(
+    workshop: Workshop, tmp_path: Path, capsys: Any, rm_type: str, is_said: bool
+) -> None:
+    assert main(workshop.train(tmp_path, num_rollout=1, custom_rm_path=None, rm_type=rm_type)) == 0
+    assert ("no response holds </think> or ###Response" in capsys.readouterr().out) == is_said
+
+
 def test_a_run_from_an_earlier_rollout_moves_the_checkpoints_of_its_steps_aside(
     workshop: Workshop, tmp_path: Path
 ) -> None:
@@ -44,6 +52,17 @@ def test_a_run_from_an_earlier_rollout_moves_the_checkpoints_of_its_steps_aside(
     states = [json.loads((tmp_path / "ckpt" / f"rollout_{n:07d}" / "state.json").read_text()) for n in (0, 1)]
     assert [state["trainer"]["num_steps_done"] for state in states] == [1, 3]
     assert (tmp_path / "ckpt" / "earlier-1" / "rollout_0000001").is_dir()
+
+
+def test_a_step_whose_sampler_disagrees_can_be_looked_at_and_is_not_saved(workshop: Workshop, tmp_path: Path) -> None:
+    limited = {"logprob_diff_limit": 1e-12, "save": tmp_path / "ckpt", "save_interval": 1}
+    assert main(workshop.train(tmp_path, num_rollout=2, **limited)) == 1
+    (row,) = read_metrics(tmp_path)
+    assert row["train/train_rollout_logprob_abs_diff"] > 1e-12
+    assert main(["report", str(tmp_path)]) == 0
+    (first, *_) = (tmp_path / "samples" / "0000000.jsonl").read_text().splitlines()
+    assert len(json.loads(first)["policy_log_probs"]) > 0
+    assert not list((tmp_path / "ckpt").iterdir())
 
 
 @pytest.mark.parametrize("over_sampling", [3, 6])

@@ -87,7 +87,7 @@ def test_a_stopped_run_says_so_and_leaves_a_checkpoint_of_the_last_whole_step(ru
         assert done.returncode == 130, (moment, done)
         assert "stopping: saving a checkpoint" in done.stdout, moment
         assert "Traceback" not in done.stdout + done.stderr, (moment, done.stderr)
-        assert checkpoint == (None if rollout_id is None else f"rollout_{rollout_id:07d}"), moment
+        assert checkpoint == (None if rollout_id is None else f"rollout_{rollout_id:07d}"), (moment, done)
     assert last[1].returncode == 0, last
 
 

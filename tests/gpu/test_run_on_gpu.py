@@ -52,3 +52,30 @@ def test_a_run_in_bf16_trains_with_the_sampler_close_to_the_trainer(quickstart: 
     print("bf16 mean log-prob differences", min(diffs), max(diffs))
     assert max(diffs) < 2e-2
     assert trained[-1]["eval/heldout"] > trained[0]["eval/heldout"] + 0.1
+
+
+@pytest.mark.parametrize("params_dtype", ["float32", "bfloat16"])
+def test_two_equal_runs_and_a_resumed_one_are_equal_bit_for_bit(
+    quickstart: Path, tmp_path: Path, params_dtype: str
+) -> None:
+    """Six steps twice, and four steps then a new process for the last two: every metric but the times."""
+
+    def train(name: str, *options: str) -> list[dict[str, Any]]:
+        folder = tmp_path / name
+        command = [
+            sys.executable, "-m", "lockstep", "train", "recipes/quickstart/grpo.toml",
+            "--hf-checkpoint", str(quickstart / "sft" / "hf"), "--params-dtype", params_dtype,
+            "--prompt-data", str(quickstart / "data" / "train.jsonl"), "--skip-eval-before-train",
+            "--eval-prompt-data", "heldout", str(quickstart / "data" / "heldout.jsonl"),
+            "--lr-decay-style", "constant", "--save", str(folder / "checkpoints"), "--run-dir", str(folder), *options,
+        ]  # fmt: skip
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return [{k: v for k, v in row.items() if not k.startswith(("perf/", "eval/"))} for row in rows(folder)]
+
+    whole = train("whole", "--num-rollout", "6")
+    again = train("again", "--num-rollout", "6")
+    train("cut", "--num-rollout", "4")
+    resumed = train("cut", "--num-rollout", "6", "--load", str(tmp_path / "cut" / "checkpoints"))
+    assert again == whole
+    assert resumed == whole

@@ -61,7 +61,14 @@ def train_samples(
     groups: list[list[Sample]], policy: LocalTrainer, *, per_token: bool, is_sft: bool
 ) -> list[TrainSample]:
     """Off policy by a random distance, so that some ratios are clipped; references differ too."""
-    args = SimpleNamespace(calculate_per_token_loss=per_token, reward_key=None, normalize_advantages=False)
+    args = SimpleNamespace(
+        calculate_per_token_loss=per_token,
+        reward_key=None,
+        normalize_advantages=False,
+        use_tis=False,
+        use_rollout_logprobs=False,
+        get_mismatch_metrics=False,
+    )
     data = make_training_data(groups, args, None if is_sft else make_advantage_estimator(), num_steps=1)
     current = policy.log_probs(data.train_samples)
     for sample, train_sample, result in zip(data.samples, data.train_samples, current, strict=True):

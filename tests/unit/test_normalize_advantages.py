@@ -28,7 +28,14 @@ def advantages(*, normalize: bool, removed: tuple[int, ...] = (), post_process=N
         )
         for i, (mask, reward) in enumerate(zip(MASKS, REWARDS, strict=True))
     ]
-    args = SimpleNamespace(reward_key=None, calculate_per_token_loss=False, normalize_advantages=normalize)
+    args = SimpleNamespace(
+        reward_key=None,
+        calculate_per_token_loss=False,
+        normalize_advantages=normalize,
+        use_tis=False,
+        use_rollout_logprobs=False,
+        get_mismatch_metrics=False,
+    )
     estimator = make_advantage_estimator("grpo", disable_grpo_std_normalization=True)
     data = make_training_data([samples[:2], samples[2:]], args, estimator, post_process, num_steps=1)
     return [sample.advantage for sample in data.train_samples]

@@ -113,7 +113,7 @@ def test_a_single_step_holds_the_samples_in_the_order_of_the_rollout() -> None:
 @pytest.mark.parametrize("rewards", [[1.0], [1.0, float("nan")]])
 def test_what_a_rollout_function_or_a_file_brought_without_advantage_is_refused(rewards: list[float]) -> None:
     groups = [[sample(i, reward) for i, reward in enumerate(rewards)]]
-    with pytest.raises(RolloutError, match="single sample|not finite") as raised:
+    with pytest.raises(RolloutError, match=r"single sample|not finite") as raised:
         data_of(groups)
     assert raised.value.remedy
 

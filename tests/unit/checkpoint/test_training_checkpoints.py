@@ -44,6 +44,13 @@ def test_an_empty_or_missing_folder_holds_no_checkpoint_and_a_foreign_one_is_ref
         find_checkpoint(tmp_path)
 
 
+def test_what_earlier_runs_left_in_the_folder_does_not_keep_a_run_from_starting(tmp_path: Path) -> None:
+    """A run that was killed before its first save starts again with the same `--save` and `--load`."""
+    (tmp_path / "earlier-1" / "rollout_0000003").mkdir(parents=True)
+    (tmp_path / "rollout_0000000.incomplete").mkdir()
+    assert find_checkpoint(tmp_path) is None
+
+
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     for rollout_id in (2, 10, 9):
         save(tmp_path, rollout_id)

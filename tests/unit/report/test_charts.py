@@ -74,15 +74,13 @@ def test_the_phases_of_a_step_add_up_to_its_time():
             "step": 0,
             "perf/step_time": 10.0,
             "perf/rollout_time": 6.0,
-            "perf/reward_time": 2.0,
             "perf/actor_train_time": 3.0,
         },
         {"step": 1, "perf/step_time": 8.0, "perf/rollout_time": 5.0, "perf/actor_train_time": 3.0},
     ]
     chart = charts.phase_times(rows)
     assert {line.name: line.y for line in chart.lines} == {
-        "sampling": [4.0, 5.0],
-        "rewards": [2.0, 0.0],
+        "sampling and rewards": [6.0, 5.0],
         "update": [3.0, 3.0],
         "other": [1.0, 0.0],
     }
