@@ -64,6 +64,7 @@ def _train(words: Sequence[str]) -> int:
 
     if (config := _read_config("train", words, check_training)) is None:
         return 0
+    _say_what_loads(config)
     from lockstep.loop import train
 
     return train(config)
@@ -74,6 +75,7 @@ def _eval(words: Sequence[str]) -> int:
 
     if (config := _read_config("eval", words, check_evaluation)) is None:
         return 0
+    _say_what_loads(config)
     from lockstep.loop import evaluate
 
     return evaluate(config)
@@ -94,6 +96,11 @@ def _read_config(command: str, words: Sequence[str], check: Callable[[Config], N
     for note in parsed.notes:
         print(f"lockstep: note: {note}", file=sys.stderr)
     return parsed.config
+
+
+def _say_what_loads(config: Config) -> None:
+    """PyTorch and a model take seconds to minutes."""
+    print(f"loading {config.model.hf_checkpoint}", file=sys.stderr, flush=True)
 
 
 def _report(words: Sequence[str]) -> int:

@@ -23,7 +23,7 @@ from typing import Any
 
 
 class LockstepError(Exception):
-    """`field` is `value`: `reason` `remedy`
+    """`field` is `value`: `reason` `remedy`; without "is" where there is no value (None).
 
     Args:
         field: what the user set or supplied, by the name they know it (`--rollout-batch-size`, `data.jsonl:17`).
@@ -39,7 +39,8 @@ class LockstepError(Exception):
         self.field, self.value, self.reason, self.remedy = field, value, reason, remedy
 
     def __str__(self) -> str:
-        return f"{self.field} is {self.value!r}: {self.reason} {self.remedy}"
+        subject = self.field if self.value is None else f"{self.field} is {self.value!r}"
+        return f"{subject}: {self.reason} {self.remedy}"
 
 
 class OptionError(LockstepError, ValueError):

@@ -11,13 +11,14 @@ import torch
 
 from lockstep.assemble import assemble
 from lockstep.checkpoint.hf import require_replaceable
+from lockstep.checkpoint.training import find_checkpoint
 from lockstep.config import Config
-from lockstep.errors import writing
+from lockstep.errors import CheckpointError, writing
 from lockstep.observer import Clock, Observer
 from lockstep.parity import measure_parity, require_parity
 from lockstep.report import write_report
 from lockstep.rollout.debug_data import load_rollout, save_rollout, save_train_data
-from lockstep.run import Run, open_records, require_writable, save_run
+from lockstep.run import Run, only_writer, open_records, require_writable, save_run
 from lockstep.sampling import sample_eval_sets, sample_groups
 from lockstep.stopping import GracefulStop, Interrupted
 from lockstep.tracking.jsonl import plain_metrics
@@ -32,22 +33,37 @@ STOPPED = 130
 
 def train(config: Config) -> int:
     """Run `lockstep train`; returns the exit code."""
-    require_writable("--run-dir", Path(config.logging.run_dir))
+    run_dir = Path(config.logging.run_dir)
+    folders = {"--run-dir": run_dir}
     if config.checkpoint.save is not None:
-        require_writable("--save", Path(config.checkpoint.save))
+        folders["--save"] = Path(config.checkpoint.save)
+    for option, folder in folders.items():
+        require_writable(option, folder)
     if config.checkpoint.save_hf is not None:
         target = Path(config.checkpoint.save_hf.format(rollout_id=0))
         require_replaceable(target, source=Path(config.model.hf_checkpoint))
-    code = asyncio.run(_with_run(config, _train))
-    run_dir = Path(config.logging.run_dir)
-    if (run_dir / "metrics.jsonl").stat().st_size:
-        with writing(run_dir):
-            write_report(run_dir)
+    with only_writer(folders):
+        code = asyncio.run(_with_run(config, _train))
+        if (run_dir / "metrics.jsonl").stat().st_size:
+            with writing(run_dir):
+                print(f"report {write_report(run_dir)}")
     return code
 
 
 def evaluate(config: Config) -> int:
-    """Run `lockstep eval`: every held-out set once, under the loaded weights. Writes nothing."""
+    """Run `lockstep eval`: every held-out set once, under the loaded weights. Writes nothing.
+
+    Raises:
+        CheckpointError: `--load` names a folder without a checkpoint.
+    """
+    load = config.checkpoint.load
+    if load is not None and find_checkpoint(Path(load)) is None:
+        raise CheckpointError(
+            "--load",
+            load,
+            "there is no checkpoint to evaluate.",
+            "Give the --save folder of a run, or leave it out to evaluate --hf-checkpoint.",
+        )
     return asyncio.run(_with_run(config, _evaluate_only))
 
 
@@ -55,6 +71,11 @@ async def _train(run: Run, observer: Observer, stop: GracefulStop) -> int:
     options = run.config
     for folder in open_records(run):
         observer.note(f"what an earlier run left was moved to {folder}")
+    if run.checkpoint is not None:
+        observer.recall()
+        observer.note(f"going on after step {run.next_rollout_id} of {run.num_rollout}, from {run.checkpoint}")
+    elif options.checkpoint.load is not None:
+        observer.note(f"{options.checkpoint.load} holds no checkpoint yet: this run begins with --hf-checkpoint")
     if run.unlogged is not None:
         await finish_step(run, observer, stop, run.unlogged)
     elif run.next_rollout_id == 0 and run.eval_function is not None and not options.eval.skip_eval_before_train:
@@ -216,6 +237,15 @@ async def _with_run(config: Config, work: Callable[[Run, Observer, GracefulStop]
         try:
             return await work(run, Observer(run, clock), stop)
         except Interrupted:
-            if work is _train and config.checkpoint.save is None:
-                progress.message("nothing was saved: there is no --save")
+            if work is _train:
+                progress.message(_after_stop(run))
             return STOPPED
+
+
+def _after_stop(run: Run) -> str:
+    save = run.config.checkpoint.save
+    if save is None:
+        return "nothing was saved: there is no --save"
+    if run.next_rollout_id == 0:
+        return "nothing was saved: no step was finished"
+    return f"to go on, repeat the command with --load {save}"

@@ -120,9 +120,17 @@ ROLLOUT = (
     Metric("rollout/advantages", "1", "Mean advantage: mean of each sample's mean over its loss tokens."),
     Metric("rollout/returns", "1", "Mean return, averaged likewise."),
     Metric("rollout/total_lengths", "tokens", "Mean length of prompt and response together."),
-    Metric("rollout/prefix_cache_hit_rate", "fraction", "Prompt tokens that were not computed again.", "up"),
     Metric(
-        "rollout/avg_cached_tokens_per_sample", "tokens", "Prompt tokens per sample taken from the prefix cache.", "up"
+        "rollout/prefix_cache_hit_rate",
+        "fraction",
+        "Tokens given to the engine, in all turns, that were not computed again.",
+        "up",
+    ),
+    Metric(
+        "rollout/avg_cached_tokens_per_sample",
+        "tokens",
+        "Tokens per sample, in all turns, taken from the prefix cache.",
+        "up",
     ),
     Metric("rollout/top_p_kept_vocab_per_token", "tokens", "Mean size of the nucleus that top-p kept."),
     Metric(
@@ -378,10 +386,11 @@ def rollout_metrics(groups: Sequence[Group], args: Any) -> dict[str, float]:
     metrics = _sample_metrics(samples, rewards, args) | {
         "samples": float(len(samples)),
         "response_tokens": float(sum(sample.response_length for sample in samples)),
-        "raw_reward": _mean([reward for reward in rewards if reward is not None]),
         "total_lengths": _mean([len(sample.tokens) for sample in samples]),
         **_mean_nucleus(samples),
     }
+    if given := [reward for reward in rewards if reward is not None]:
+        metrics["raw_reward"] = _mean(given)
     if with_log_probs:
         metrics["rollout_log_probs"] = token_mean_per_sample(
             [sample.rollout_log_probs or [] for sample in with_log_probs],

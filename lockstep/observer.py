@@ -16,6 +16,7 @@ from lockstep.errors import writing
 from lockstep.report.samples import write_samples
 from lockstep.rewards import FAILURES, Outcome
 from lockstep.run import Run
+from lockstep.tracking.jsonl import FILE_NAME, read_steps
 from lockstep.tracking.progress import Phase, RunProgress
 from lockstep.trainer.engine import LogProbs, StepResult
 from lockstep.training_data import TrainingData
@@ -177,6 +178,11 @@ class Observer:
             self._record(rollout_id, sample, advantage=train_sample.advantage, policy=result)
             for sample, train_sample, result in islice(together, KEPT_SAMPLES)
         ]
+
+    def recall(self) -> None:
+        """Show the steps that a resumed run has behind it."""
+        for row in read_steps(self.run.run_dir / FILE_NAME):
+            self.clock.progress.recall(row)
 
     def note(self, text: str) -> None:
         self.clock.progress.message(text)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
+import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -183,6 +186,35 @@ def require_writable(option: str, folder: Path) -> None:
             f"it cannot be written to: {error.strerror or error}.",
             "Give a folder that you may write to.",
         ) from error
+
+
+@contextmanager
+def only_writer(folders: Mapping[str, Path]) -> Iterator[None]:
+    """Keep other runs out of `folders` (by option) while the block lasts; a killed process keeps nobody out.
+
+    Raises:
+        OptionError: another run is writing there.
+    """
+    claimed = set()
+    with ExitStack() as stack:
+        for option, folder in folders.items():
+            if folder.resolve() in claimed:
+                continue
+            claimed.add(folder.resolve())
+            descriptor = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise OptionError(
+                    option,
+                    str(folder),
+                    "another run is writing to it.",
+                    "Wait until that one ends, or give this one a folder of its own.",
+                ) from None
+            except OSError as error:
+                logger.warning("%s cannot be locked (%s): take care that one run writes there.", folder, error.strerror)
+        yield
 
 
 def open_records(run: Run) -> list[Path]:

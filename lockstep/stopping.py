@@ -6,11 +6,16 @@ import asyncio
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Coroutine
 from types import FrameType, TracebackType
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+_SAME_S = 0.25
+"""Signals that follow the first within this time are the same request, sent twice: `timeout` and launchers signal a
+process and its group."""
 
 
 class Interrupted(Exception):
@@ -26,6 +31,7 @@ class GracefulStop:
 
     def __init__(self, notify: Callable[[str], None]) -> None:
         self.requested = False
+        self._requested_at = 0.0
         self._notify = notify
         self._task: asyncio.Task[Any] | None = None
         self._before: dict[int, Any] = {}
@@ -61,10 +67,12 @@ class GracefulStop:
             self._task = None
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.requested and time.monotonic() - self._requested_at < _SAME_S:
+            return
         if self.requested:
             os.write(sys.stderr.fileno(), b"\nlockstep: stopped at once\n")  # a handler must not enter buffered streams
             os._exit(128 + number)
-        self.requested = True
+        self.requested, self._requested_at = True, time.monotonic()
         self._notify("stopping: saving a checkpoint after what cannot be interrupted (Ctrl-C again stops at once)")
         if self._task is not None:
             self._task.get_loop().call_soon_threadsafe(self._task.cancel)

@@ -109,6 +109,7 @@ def save_hf_model(model: Qwen3, folder: Path, *, source: Path) -> None:
         for shard, tensors in by_shard.items():
             on_host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
             save_file(on_host, str(temporary / shard), metadata={"format": "pt"})
+            (temporary / shard).chmod(temporary.stat().st_mode & 0o666)  # safetensors writes for the owner only
         if shard_of:
             (temporary / _INDEX).write_text(json.dumps(_index(by_shard), indent=2))
 

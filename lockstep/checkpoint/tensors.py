@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor
@@ -36,7 +39,7 @@ def load_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
         CheckpointError: a name or shape is not there, or a file is damaged.
     """
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _without_tracebacks():
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
             load(tensors, storage_reader=FileSystemReader(str(folder)), no_dist=True)
     except (
@@ -54,6 +57,17 @@ def load_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
             f"its tensors do not fit this model, or a file is damaged: {_first_line(_first_cause(error))}.",
             "Resume with the model that wrote it, or from an earlier checkpoint (--load a folder without this one).",
         ) from error
+
+
+@contextmanager
+def _without_tracebacks() -> Iterator[None]:
+    """Keep torch from printing the traceback of an error that we report."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _first_cause(error: BaseException) -> BaseException:

@@ -94,14 +94,15 @@ def _blaming(option: str, path: str) -> Iterator[None]:
             option,
             path,
             f"it raised {type(error).__name__}: {error} ({place.filename}:{place.lineno}, in {place.name}).",
-            "Fix the function; --debug-rollout-only and --load-debug-rollout-data help to try it alone.",
+            _without_slime(error)
+            or "Fix the function; --debug-rollout-only and --load-debug-rollout-data help to try it alone.",
         ) from error
 
 
 def _what_is_there(module: ModuleType, name: str) -> str:
     if hasattr(module, name):
         return f"{name} is a {type(getattr(module, name)).__name__}, which cannot be called."
-    return f"{module.__name__} has no {name}."
+    return f"{module.__spec__.origin if module.__spec__ else module.__name__} has no {name}."
 
 
 def _load_module(module_name: str, path: str, option: str) -> ModuleType:
@@ -109,7 +110,7 @@ def _load_module(module_name: str, path: str, option: str) -> ModuleType:
         return importlib.import_module(module_name)
     except Exception as error:
         raise OptionError(
-            option, path, f"importing {module_name} failed: {error!r}.", "Check the name, and that it is importable."
+            option, path, f"importing {module_name} failed: {error!r}.", _how_to_import(module_name, path, error)
         ) from error
 
 
@@ -130,6 +131,26 @@ def _load_file(file: Path, path: str, option: str) -> ModuleType:
     except Exception as error:
         del sys.modules[name]
         raise OptionError(
-            option, path, f"running {file} failed: {error!r}.", "Make the file importable on its own."
+            option,
+            path,
+            f"running {file} failed: {error!r}.",
+            _without_slime(error) or "Make the file importable on its own.",
         ) from error
     return module
+
+
+def _how_to_import(module_name: str, path: str, error: Exception) -> str:
+    file = Path(*module_name.split(".")).with_suffix(".py")
+    if file.is_file() and isinstance(error, ModuleNotFoundError):
+        return f"Write {file}:{path.rpartition('.')[2]}."
+    return _without_slime(error) or "Check the name, and that it is importable."
+
+
+def _without_slime(error: Exception) -> str | None:
+    """What to write in the place of slime's own modules."""
+    if not isinstance(error, ModuleNotFoundError) or (error.name or "").partition(".")[0] != "slime":
+        return None
+    return (
+        "slime is not needed: import Sample from lockstep.types, and ask lockstep.rollout.current_policy() where "
+        "the function posted to SGLang's router."
+    )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import UnionType
-from typing import Any, NoReturn, Union, get_args, get_origin
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
@@ -47,6 +47,8 @@ class OptionParser(argparse.ArgumentParser):
             raise OptionError(flag, None, f"{reason}.", remedy)
         if subject == "unrecognized arguments":
             raise OptionError("command line", rest, "no option takes these words.", remedy)
+        if subject == "the following arguments are required":
+            raise OptionError(rest, None, "it is required.", remedy)
         raise OptionError(rest or "command line", None, f"{subject}.", remedy)
 
 
@@ -156,8 +158,19 @@ def _tuple_words(annotation: Any) -> int | str | None:
     return "+" if Ellipsis in items else len(items)
 
 
+def choices_of(annotation: Any) -> list[str]:
+    """The words that an option takes, or none when it takes any."""
+    if get_origin(annotation) is Literal:
+        return [str(choice) for choice in get_args(annotation)]
+    if get_origin(annotation) in (Union, UnionType):
+        return [choice for part in get_args(annotation) for choice in choices_of(part)]
+    return []
+
+
 def _help(field: FieldInfo) -> str:
     text = (field.description or "").replace("%", "%%")
+    if choices := choices_of(field.annotation):
+        text += f" One of: {', '.join(choices)}."
     if field.is_required():
         return f"{text} Required."
     shown = field.default

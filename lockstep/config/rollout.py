@@ -79,7 +79,8 @@ class RolloutOptions(OptionGroup):
     rollout_max_prompt_len: Count | None = None
     """Prompts of more tokens are left out and counted."""
     rollout_max_context_len: Count | None = None
-    """Most tokens of prompt and response together. Prompts that leave no room for a response are left out."""
+    """Most tokens of prompt and response together, all turns included. Prompts that leave no room for a response are
+    left out. Default: rollout_max_prompt_len + rollout_max_response_len; without the former, the model's limit."""
     rollout_stop: tuple[str, ...] = ()
     """Texts that end a response."""
     rollout_stop_token_ids: tuple[Index, ...] = ()

@@ -87,7 +87,8 @@ class PromptStream:
         except MalformedRowError as error:
             if not self.skip_malformed_rows:
                 raise
-            self._warn_once("malformed_rows", "A malformed row is left out and counted: %s", error)
+            what = f"{error.field} is {error.value!r}: {error.reason}"
+            self._warn_once("malformed_rows", "A malformed row is left out and counted: %s", what)
             self.skipped["malformed_rows"] += 1
             return None
         if self._is_over_long(sample):

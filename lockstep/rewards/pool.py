@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import itertools
 import json
+import logging
 import math
 import os
 import pickle
@@ -28,7 +29,7 @@ from typing import IO, Any, Literal, Self
 
 from lockstep.errors import LockstepError, RewardError
 from lockstep.rewards.deepscaler import after_thinking
-from lockstep.rewards.outcome import Outcome, Reward, RewardOutcome
+from lockstep.rewards.outcome import FAILURES, Outcome, Reward, RewardOutcome
 from lockstep.rewards.registry import RewardName, check_reward_options, reward_name
 from lockstep.rewards.wire import (
     Call,
@@ -46,6 +47,8 @@ from lockstep.rewards.wire import (
 from lockstep.types import Sample
 
 FailurePolicy = Literal["stop", "zero", "drop"]
+
+logger = logging.getLogger(__name__)
 
 _GRACE_S = 0.5
 """What a worker gets to answer a cancellation before it is killed."""
@@ -103,6 +106,7 @@ class RewardPool:
         self._is_async: dict[RewardName, bool] = {}
         self._workers: set[_Worker] = set()
         self._counts: dict[bool, Counter[str]] = {False: Counter(), True: Counter()}
+        self._seen: set[Outcome] = set()
 
     async def __aenter__(self) -> Self:
         return self
@@ -162,7 +166,20 @@ class RewardPool:
             outcomes.append(RewardOutcome(verdict.outcome, sample.reward, verdict.detail, duration_s))
             if verdict.outcome is not Outcome.OK and self._failure_policy == "stop":
                 raise _stopping_error(name, sample, verdict)
+            self._tell_of_the_first(verdict, sample)
         return outcomes
+
+    @property
+    def has_scored(self) -> bool:
+        """Whether any reward has worked so far."""
+        return Outcome.OK in self._seen
+
+    def _tell_of_the_first(self, verdict: Verdict, sample: Sample) -> None:
+        """Warn of each kind of failure when it is first seen: where every reward hangs, a rollout takes very long."""
+        if verdict.outcome not in self._seen and verdict.outcome in FAILURES:
+            reason = verdict.detail.partition("\n")[0]
+            logger.warning("The reward of sample %s failed (%s): %s", sample.index, verdict.outcome, reason)
+        self._seen.add(verdict.outcome)
 
     def _after_failure(self, reward_key: str | None) -> Reward | None:
         if self._failure_policy != "zero":

@@ -31,7 +31,8 @@ from lockstep.types import Group, RolloutFnEvalOutput, RolloutFnTrainOutput, Sam
 logger = logging.getLogger(__name__)
 
 MAX_EMPTY_ROUNDS = 10
-"""Rounds of prompts in a row that may end without one usable group before the run stops."""
+"""Rounds of prompts in a row that may end without one usable group before the run stops. It stops after the first one
+where rewards fail and none has worked yet."""
 
 _CONTEXT: ContextVar[RolloutContext] = ContextVar("rollout_context")
 
@@ -90,11 +91,12 @@ async def generate_rollout(
         while state.spare and len(state.kept) < args.rollout_batch_size:
             state.kept.append(state.spare.pop(0))
         empty_rounds = 0 if len(state.kept) > kept_before else empty_rounds + 1
-        if empty_rounds == MAX_EMPTY_ROUNDS:
+        no_reward_works = bool(empty_rounds and state.first_failure) and not context.rewards.has_scored
+        if empty_rounds == MAX_EMPTY_ROUNDS or no_reward_works:
             raise RolloutError(
                 "rollout",
-                dict(state.counts),
-                f"{MAX_EMPTY_ROUNDS} rounds of prompts in a row left no group to train on"
+                ", ".join(f"{count} {name}" for name, count in state.counts.items()),
+                f"{empty_rounds} {'round' if empty_rounds == 1 else 'rounds'} of prompts left no group to train on"
                 f"{f', and a reward failed: {state.first_failure}' if state.first_failure else ''}.",
                 "Look at the dynamic sampling filter, the reward and --reward-failure-policy.",
             )
@@ -269,9 +271,9 @@ def _require_number(sample: Sample, value: Any) -> None:
 def _add_cache_metrics(metrics: dict[str, float], groups: list[Group]) -> None:
     samples = [sample for group in groups for sample in group]
     cached = sum(sample.metadata.get("cached_tokens", 0) for sample in samples)
-    prompts = sum(sample.prompt_length for sample in samples)
+    given = sum(sample.metadata.get("given_tokens", 0) for sample in samples)
     metrics["rollout/avg_cached_tokens_per_sample"] = cached / len(samples)
-    metrics["rollout/prefix_cache_hit_rate"] = cached / prompts if prompts else 0.0
+    metrics["rollout/prefix_cache_hit_rate"] = cached / given if given else 0.0
 
 
 async def _gather(coroutines: list[Any]) -> list[Any]:

@@ -87,6 +87,8 @@ class Policy:
         sample.weight_versions += [""] * (written_before - len(sample.weight_versions)) + generation.weight_versions
         sample.rollout_routed_experts = generation.routed_experts
         _record_kept(sample, generation, written_before)
+        given = len(sample.tokens) - len(generation.token_ids)
+        sample.metadata["given_tokens"] = sample.metadata.get("given_tokens", 0) + given
         sample.metadata["cached_tokens"] = sample.metadata.get("cached_tokens", 0) + generation.cached_tokens
         return generation
 

@@ -42,7 +42,7 @@ class Watched:
 WATCHED = (
     Watched("reward", ("rollout/raw_reward",)),
     Watched("held-out", ("eval/{name}",)),
-    Watched("loss", ("train/loss",), ".4f"),
+    Watched("loss", ("train/loss",), "z.4f"),
     Watched("response length", ("rollout/response_len/mean",), ".1f"),
     Watched("entropy", ("train/entropy_loss",)),
     Watched("log-prob diff", ("train/train_rollout_logprob_abs_diff",), ".1e"),
@@ -134,13 +134,16 @@ class RunProgress:
     def step(self, step: int, metrics: dict[str, Any]) -> None:
         """Take in the metrics of a finished step (-1: the evaluation before training)."""
         self._steps_done = step + 1
-        logged = watched_values(metrics)
-        for label, value in logged.items():
+        self.recall(metrics)
+        if not self.is_live:
+            self._print_plain(step_line(step, self.num_steps, watched_values(metrics), self._eta_s()))
+
+    def recall(self, metrics: dict[str, Any]) -> None:
+        """Take in the metrics of a step that an earlier process of this run has finished."""
+        for label, value in watched_values(metrics).items():
             series = self._series.setdefault(label, _Series(first=value, last=value))
             series.last = value
             series.recent.append(value)
-        if not self.is_live:
-            self._print_plain(step_line(step, self.num_steps, logged, self._eta_s()))
 
     def message(self, text: str) -> None:
         """Print a line that stays: above the panel, or between the plain lines."""
@@ -203,13 +206,17 @@ class RunProgress:
 
 
 def watched_values(metrics: dict[str, Any]) -> dict[str, float]:
-    """Label -> value of the watched metrics among `metrics`; of several held-out sets the first one logged."""
+    """Label -> value of the watched metrics among `metrics`; of several held-out sets the first one logged.
+
+    A value that was not finite is None in metrics.jsonl.
+    """
     covers = {name: metric.name for name in metrics if (metric := declared.find(name))}
     values = {}
     for watched in WATCHED:
         found = [name for name in metrics if name in watched.names or covers.get(name) in watched.names]
         if found:
-            values[watched.label] = float(metrics[found[0]])
+            value = metrics[found[0]]
+            values[watched.label] = float("nan") if value is None else float(value)
     return values
 
 

@@ -82,7 +82,7 @@ class Optimizer:
         for name, master in self.masters.items():
             state = self.adam.state[master]
             if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32)
+                state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
                 state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(master), torch.zeros_like(master)
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 yield f"{key}.{name}", state[key]
