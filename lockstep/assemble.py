@@ -258,7 +258,8 @@ def _kv_tokens(config: Config, model: Qwen3, max_context_len: int, checkpoint: P
     token_bytes = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * weight.element_size()
     if weight.is_cuda:
         fraction = config.sglang.mem_fraction_static or _KV_FRACTION
-        free_bytes = torch.cuda.mem_get_info(weight.device)[0]
+        gradients_and_moments = 12 * sum(p.numel() for p in model.parameters())  # fp32, first made in training
+        free_bytes = max(0, torch.cuda.mem_get_info(weight.device)[0] - gradients_and_moments)
     else:
         fraction, free_bytes = _KV_FRACTION, psutil.virtual_memory().available
     affordable = int(free_bytes * fraction) // token_bytes

@@ -26,6 +26,9 @@ SLIME_PATHS = {
 }
 """slime's own functions that its scripts name, and ours that do the same. With sft_loss ours does SFT's."""
 
+_OF_A_FILE = "lockstep_hook_"
+"""How the modules are called that come from a file, not from the path of packages."""
+
 
 def our_path(path: str) -> str:
     """Where a function that may be named by its place in slime is found here."""
@@ -102,7 +105,7 @@ def _blaming(option: str, path: str) -> Iterator[None]:
 def _what_is_there(module: ModuleType, name: str) -> str:
     if hasattr(module, name):
         return f"{name} is a {type(getattr(module, name)).__name__}, which cannot be called."
-    return f"{module.__spec__.origin if module.__spec__ else module.__name__} has no {name}."
+    return f"{module.__file__ if module.__name__.startswith(_OF_A_FILE) else module.__name__} has no {name}."
 
 
 def _load_module(module_name: str, path: str, option: str) -> ModuleType:
@@ -118,7 +121,7 @@ def _load_file(file: Path, path: str, option: str) -> ModuleType:
     """Load a file once per process, under a name of its own."""
     if not file.is_file():
         raise OptionError(option, path, f"there is no file {file}.", "Give the path of an existing Python file.")
-    name = f"lockstep_hook_{file.resolve()}"
+    name = f"{_OF_A_FILE}{file.resolve()}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, file)

@@ -5,11 +5,13 @@ T packed query tokens, N query heads, K key/value heads, H head dim, B sequences
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 _PADDING_ALLOWED = 1.25
 """Documents whose lengths differ by less than this factor share one padded call on CPU."""
@@ -74,7 +76,9 @@ class _Bucket:
 
     def attend(self, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
         q, k, v = (x[self.rows_BL].transpose(1, 2) for x in (q_TNH, k_TKH, v_TKH))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        # On a GPU, SDPA's fused fp32 backward adds up in any order; the plain one repeats bit for bit.
+        with sdpa_kernel(SDPBackend.MATH) if q.is_cuda else nullcontext():
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return out.transpose(1, 2).flatten(0, 1)[self.real_slots]
 
 

@@ -26,7 +26,9 @@ def plain_metrics(metrics: dict[str, Any]) -> dict[str, float]:
 def _plain_number(name: str, value: Any) -> float:
     unpacked = value.item() if getattr(value, "size", None) == 1 or getattr(value, "ndim", None) == 0 else value
     if not isinstance(unpacked, int | float):
-        raise RolloutError(f"metric {name}", value, "A metric is one number.", "Return a number, such as the mean.")
+        raise RolloutError(
+            f"metric {name}", str(value), "A metric is one number.", "Return a number, such as the mean."
+        )
     return int(unpacked) if isinstance(unpacked, bool) else unpacked
 
 

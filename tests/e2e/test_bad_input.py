@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from lockstep.checkpoint.training import list_checkpoints
 from lockstep.cli import main
+from lockstep.run import only_writer
 
 Options = dict[str, Any]
 Prepare = Callable[[Workshop, Path], Options]
@@ -123,7 +124,7 @@ OPTIONS: dict[str, tuple[Prepare, tuple[str, ...]]] = {
     "an epoch too short": (given(num_rollout=None, num_epoch=1, rollout_batch_size=65), ("--num-epoch is 1", "65")),
     "interval without a folder": (given(save_interval=1), ("--save-interval is 1", "no folder", "--save")),
     "unknown reward": (given(custom_rm_path=None, rm_type="mth"), ("--rm-type is 'mth'", "closest is math", "Use one")),
-    "no reward service": (given(custom_rm_path=None, rm_type="remote_rm"), ("--rm-url is None", "address", "URL")),
+    "no reward service": (given(custom_rm_path=None, rm_type="remote_rm"), ("--rm-url: ", "address", "URL")),
     "group reward": (given(custom_rm_path=None, rm_type="math", group_rm=True), ("--group-rm", "one sample at a time")),
     "hook without module": (
         given(custom_rm_path="reward"),
@@ -227,7 +228,7 @@ INPUTS: dict[str, tuple[Prepare, tuple[str, ...]]] = {
     ),
     "no chat template": (
         changed_model(without_template),
-        ("chat template is None", "has none", "drop --apply-chat-template"),
+        ("chat template: ", "has none", "drop --apply-chat-template"),
     ),
     "wide tokenizer": (changed_model(with_a_wide_tokenizer), ("tokenizer is 999", "vocabulary of 128", "Use")),
     # the data
@@ -370,7 +371,7 @@ def test_a_reward_that_is_none_ends_the_run_if_the_user_wants_that(workshop, tmp
 
 def test_rewards_that_all_fail_do_not_go_on_for_ever(workshop, tmp_path, capsys):
     words = workshop.train(tmp_path, custom_rm_path=hook("raises"))
-    assert_says(complaint(capsys, words, 1), ("rollout is {", "10 rounds of prompts", "missing piece", "Look at"))
+    assert_says(complaint(capsys, words, 1), ("rollout is ", "1 round of prompts", "missing piece", "Look at"))
 
 
 @pytest.mark.parametrize(
@@ -380,7 +381,7 @@ def test_rewards_that_all_fail_do_not_go_on_for_ever(workshop, tmp_path, capsys)
         (["train", "none.toml"], 2, ("recipe is 'none.toml'", "cannot be read", "Give")),
         (["report", "none"], 1, ("'none'", "no such folder", "--run-dir")),
         (["report", "."], 1, ("'.'", "metrics.jsonl", ".")),
-        (["eval", "--hf-checkpoint", "m"], 2, ("--eval-prompt-data is None", "no data set", "pairs")),
+        (["eval", "--hf-checkpoint", "m"], 2, ("--eval-prompt-data: ", "no data set", "pairs")),
     ],
 )
 def test_other_commands_explain_too(tmp_path, monkeypatch, capsys, words, code, parts):
@@ -480,6 +481,23 @@ def test_an_empty_folder_to_load_starts_afresh(workshop, tmp_path):
 
 
 # What goes wrong in the middle of a run
+
+
+def test_an_evaluation_of_no_checkpoint_is_refused(workshop, tmp_path, capsys):
+    changes = {"load": tmp_path / "missing", "eval_prompt_data": ["heldout", workshop.heldout]}
+    _, *words = workshop.train(tmp_path, **changes)
+    assert_says(complaint(capsys, ["eval", *words], 1), ("--load is ", "missing'", "no checkpoint", "Give the --save"))
+
+
+@pytest.mark.parametrize("shared", ["run_dir", "save"])
+def test_two_runs_do_not_write_to_one_folder(workshop, tmp_path, capsys, shared):
+    folders = {"run_dir": tmp_path / "run", "save": tmp_path / "checkpoints"}
+    flag = flags({shared: True})[0]
+    folders[shared].mkdir()
+    with only_writer({flag: folders[shared]}):
+        message = complaint(capsys, workshop.train(tmp_path, num_rollout=1, **folders), 2)
+    assert_says(message, (f"{flag} is ", "another run is writing to it", "a folder of its own"))
+    assert main(workshop.train(tmp_path, num_rollout=1, **folders)) == 0
 
 
 def test_a_row_that_spoils_a_later_rollout_loses_nothing(finished, workshop, tmp_path, capsys):

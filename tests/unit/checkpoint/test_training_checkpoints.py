@@ -71,6 +71,16 @@ def test_a_damaged_state_is_named(tmp_path: Path) -> None:
         read_state(folder)
 
 
+def test_a_missing_index_is_one_error_without_the_tracebacks_of_torch(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_tensors(tmp_path, {"w": torch.ones(2)})
+    (tmp_path / ".metadata").unlink()
+    with pytest.raises(CheckpointError, match="a file is damaged"):
+        load_tensors(tmp_path, {"w": torch.zeros(2)})
+    assert caplog.records == []
+
+
 def test_all_global_random_streams_go_on_where_they_were() -> None:
     def draws() -> list[float]:
         return [random.random(), random.gauss(0, 1), float(np.random.rand()), float(torch.rand(()))]

@@ -41,6 +41,7 @@ def test_every_other_slime_path_leads_to_something_of_ours():
         ("math.no_such", "math has no no_such", "Check the name"),
         ("math.pi", "pi is a float, which cannot be called", "Check the name"),
         ("gone/hook.py:f", "no file", "existing Python file"),
+        ("slime.utils.types.Sample", "ModuleNotFoundError", "import Sample from lockstep.types"),
     ],
 )
 def test_a_path_that_leads_nowhere_is_refused(path, reason, remedy):
@@ -50,6 +51,22 @@ def test_a_path_that_leads_nowhere_is_refused(path, reason, remedy):
     assert (error.field, error.value) == ("--custom-rm-path", path)
     assert reason in error.reason
     assert remedy in error.remedy
+
+
+def test_a_file_that_is_named_like_a_module_is_pointed_to(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rewards_of_mine.py").write_text("from slime.utils.types import Sample\n")
+    with pytest.raises(OptionError, match=r"Write rewards_of_mine.py:f\."):
+        load_function("rewards_of_mine.f")
+    with pytest.raises(OptionError, match="slime is not needed: import Sample from lockstep.types"):
+        load_function("rewards_of_mine.py:f")
+
+
+def test_a_name_that_a_file_does_not_hold_is_missed_in_that_file(tmp_path):
+    hook = tmp_path / "hook.py"
+    hook.write_text("x = 1\n")
+    with pytest.raises(OptionError, match=rf": {hook} has no f\."):
+        load_function(f"{hook}:f")
 
 
 def test_a_file_that_fails_says_how_and_can_be_mended(tmp_path):

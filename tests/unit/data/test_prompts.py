@@ -96,7 +96,7 @@ def test_an_unusable_row_says_where_and_why(jsonl, tokenizer, row, reason):
 
 def test_a_tokenizer_without_chat_template_is_refused_before_any_row(jsonl, plain_tokenizer):
     with pytest.raises(
-        DataError, match=r"chat template is None: the tokenizer of --hf-checkpoint has none.*drop --apply-chat-template"
+        DataError, match=r"chat template: the tokenizer of --hf-checkpoint has none.*drop --apply-chat-template"
     ):
         PromptReader(jsonl("{broken"), plain_tokenizer, PromptFormat(apply_chat_template=True))
 

@@ -234,7 +234,7 @@ def test_the_most_specific_choice_of_reward_wins():
         ({"rm_type": "mth"}, "The closest is math"),
         ({"rm_type": "boxed_exct"}, "The closest is boxed_exact"),
         ({"rm_type": "ifbench"}, "comes in a later version"),
-        ({"rm_type": "remote_rm"}, "--rm-url is None"),
+        ({"rm_type": "remote_rm"}, "--rm-url: --rm-type remote_rm has no address"),
         ({"rm_type": "math", "group_rm": True}, "--group-rm is True"),
     ],
 )

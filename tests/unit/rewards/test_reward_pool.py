@@ -142,6 +142,13 @@ def test_a_call_whose_worker_dies_twice_is_a_crash():
     assert counts["crash"] == 1
 
 
+def test_the_first_failure_of_each_kind_is_told_at_once(caplog):
+    score_all(["raise", "raise", "nan", "1"])
+    first, second = sorted(record.getMessage() for record in caplog.records)
+    assert re.match(r"The reward of sample \d failed \(exception\): ", first)
+    assert re.match(r"The reward of sample 2 failed \(invalid\): ", second)
+
+
 def test_returning_nonsense_is_invalid_and_raising_is_an_exception():
     responses = ["nan", "infinite", "none", "text", "raise", "sys.exit", "unpicklable", "local class", "dict", "fine"]
     outcomes, _ = score_all(responses, timeout_s=10)

@@ -54,6 +54,12 @@ def test_the_turns_of_a_sample_follow_its_own_stream(policy: Policy, streams: _S
     assert (sample.tokens, sample.response, sample.response_length) == ([1, 2, 1, 2], "bc", 2)
 
 
+def test_the_prefix_cache_is_counted_against_the_tokens_of_all_turns(policy: Policy, streams: _Streams) -> None:
+    sample = Sample(group_index=3, index=12, tokens=[1, 2])
+    extend(policy, sample, sample)
+    assert sample.metadata["given_tokens"] == 2 + 3
+
+
 def test_branches_of_one_sample_draw_numbers_of_their_own(policy: Policy, streams: _Streams) -> None:
     """They would all be the same response otherwise."""
     sample = Sample(group_index=3, index=12, tokens=[1, 2])

@@ -84,6 +84,22 @@ def test_the_panel_shows_phase_count_and_how_the_numbers_moved():
     assert "rollout" not in panel_text(progress)
 
 
+def test_a_resumed_run_shows_what_it_has_behind_it():
+    progress = terminal(num_steps=60, start_step=2)
+    progress.recall({"step": 0, "rollout/raw_reward": 0.1, "train/grad_norm": None})
+    progress.recall({"step": 1, "rollout/raw_reward": 0.2})
+    assert output(progress) == ""
+    progress.step(2, {"rollout/raw_reward": 0.3})
+    (reward,) = [line for line in panel_text(progress).splitlines() if "reward" in line]
+    assert reward.split()[1:5] == ["reward", "0.300", "0.100", "▁▅█"]
+
+
+def test_a_loss_of_nothing_has_no_sign():
+    progress = plain(num_steps=1)
+    progress.step(0, {"train/loss": -4e-9})
+    assert output(progress) == "step 1/1  loss 0.0000\n"
+
+
 def test_an_inner_phase_gives_way_to_the_outer_one():
     progress = terminal(num_steps=1)
     with progress.phase("eval"):
