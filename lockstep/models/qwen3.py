@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lockstep.errors import ModelError
 from lockstep.models.layers.attention import Attend, Attention
+from lockstep.models.layers.embedding import Embedding
 from lockstep.models.layers.mlp import GatedMLP
 from lockstep.models.layers.moe import ChooseExperts, MoE, top_k_experts
 from lockstep.models.layers.norm import RMSNorm
@@ -228,7 +229,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: Qwen3Config) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleDict({str(i): Block(config, i) for i in range(config.num_hidden_layers)})
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 

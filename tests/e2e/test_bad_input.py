@@ -117,8 +117,8 @@ OPTIONS: dict[str, tuple[Prepare, tuple[str, ...]]] = {
     "steps": (given(num_steps_per_rollout=5), ("--num-steps-per-rollout is 5", "does not divide", "such as 6")),
     "group of one": (given(n_samples_per_prompt=1), ("--n-samples-per-prompt is 1", "advantage 0", "2 or more")),
     "too little over-sampling": (given(over_sampling_batch_size=2), ("--over-sampling-batch-size is 2", "Use 3")),
-    "no length": (given(num_rollout=None), ("--num-rollout is None", "open", "--num-epoch")),
-    "no data": (given(prompt_data=None), ("--prompt-data is None", "needs prompts", ".jsonl")),
+    "no length": (given(num_rollout=None), ("--num-rollout: ", "open", "--num-epoch")),
+    "no data": (given(prompt_data=None), ("--prompt-data: ", "needs prompts", ".jsonl")),
     "no model": (given(hf_checkpoint=None), ("--hf-checkpoint", "required", "Give")),
     "kl in the reward": (given(kl_coef=0.1), ("--kl-coef is 0.1", "does nothing", "--use-kl-loss")),
     "an epoch too short": (given(num_rollout=None, num_epoch=1, rollout_batch_size=65), ("--num-epoch is 1", "65")),
@@ -318,11 +318,10 @@ def complaint(capsys: pytest.CaptureFixture[str], words: list[str], code: int) -
     assert "Traceback" not in captured.err + captured.out
     *_, message = captured.err.strip().splitlines()
     assert message.startswith("lockstep: error: ")
-    field, is_, rest = message.removeprefix("lockstep: error: ").partition(" is ")
-    value, colon, explanation = rest.partition(": ")
+    subject, colon, explanation = message.removeprefix("lockstep: error: ").partition(": ")
+    field, is_, value = subject.partition(" is ")
     assert field
-    assert is_
-    assert value
+    assert bool(is_) == bool(value)
     assert colon
     assert explanation.count(". ") >= 1, f"a reason and a remedy are two sentences: {explanation}"
     assert explanation.endswith((".", "?"))

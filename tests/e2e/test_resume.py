@@ -196,5 +196,8 @@ def test_a_finished_run_has_nothing_left_to_do(runs, workshop, tmp_path, capsys)
     root = tmp_path / "run"
     shutil.copytree(runs["again"].result(), root)
     assert main(words(workshop, root)) == 0
-    assert f"nothing is left to do: {NUM_ROLLOUT} of {NUM_ROLLOUT} rollouts are done" in capsys.readouterr().out
+    told = capsys.readouterr().out.replace("\n", "")
+    assert f"going on after step {NUM_ROLLOUT} of {NUM_ROLLOUT}, from {root / 'checkpoints' / LAST}" in told
+    assert f"nothing is left to do: {NUM_ROLLOUT} of {NUM_ROLLOUT} rollouts are done" in told
+    assert f"report {root / 'report.html'}" in told
     assert read_metrics(root) == read_metrics(runs["again"].result())

@@ -134,6 +134,15 @@ def test_the_second_signal_stops_at_once_what_cannot_be_interrupted(workshop, tm
     assert_nobody_lives(str(tmp_path))
 
 
+def test_a_signal_that_comes_twice_at_once_is_one_request(workshop, tmp_path):
+    """`timeout` and launchers signal a process and its group."""
+    process = started_and_stuck(workshop, tmp_path, custom_rm_path=hook("endless"), reward_timeout=1000)
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)
+    done = finish(process)
+    assert (done.returncode, done.stderr.count("stopped at once")) == (130, 0)
+
+
 def test_a_stop_without_a_folder_says_that_nothing_was_saved(workshop, tmp_path):
     options = {"save": None, "load": None, "eval_prompt_data": None, "eval_interval": None}
     done = run(*words(workshop, tmp_path, **options), env=environment(tmp_path, "SIGINT rollout 1"), code=130)

@@ -76,6 +76,7 @@ def test_a_missing_index_is_one_error_without_the_tracebacks_of_torch(
 ) -> None:
     save_tensors(tmp_path, {"w": torch.ones(2)})
     (tmp_path / ".metadata").unlink()
+    caplog.clear()
     with pytest.raises(CheckpointError, match="a file is damaged"):
         load_tensors(tmp_path, {"w": torch.zeros(2)})
     assert caplog.records == []
