@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -216,6 +217,8 @@ def is_due(rollout_id: int, interval: int | None, is_last: bool) -> bool:
 
 
 async def _evaluate_only(run: Run, observer: Observer, stop: GracefulStop) -> int:
+    if run.checkpoint is not None:
+        print(f"evaluating {run.checkpoint}", file=sys.stderr, flush=True)
     metrics = await stop.abandonable(run_eval(run, observer, run.next_rollout_id - 1))
     for name, value in metrics.items():
         print(f"{name} {value:.4f}")

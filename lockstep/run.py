@@ -18,6 +18,7 @@ from lockstep.checkpoint.hf import read_hf_config, save_hf_model
 from lockstep.checkpoint.training import (
     checkpoint_folder,
     delete_old_checkpoints,
+    how_to_go_on_without,
     list_checkpoints,
     random_states,
     read_state,
@@ -140,7 +141,7 @@ def resume_run(run: Run, checkpoint: Path | None) -> None:
             str(checkpoint / "state.json"),
             "damaged",
             f"it does not hold what a run needs ({type(error).__name__}: {error}).",
-            "Resume from an earlier checkpoint.",
+            how_to_go_on_without(checkpoint),
         ) from error
 
 

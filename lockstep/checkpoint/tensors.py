@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystem
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from lockstep.checkpoint.training import how_to_go_on_without
 from lockstep.errors import CheckpointError
 
 
@@ -55,7 +56,7 @@ def load_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
             str(folder),
             "unreadable",
             f"its tensors do not fit this model, or a file is damaged: {_first_line(_first_cause(error))}.",
-            "Resume with the model that wrote it, or from an earlier checkpoint (--load a folder without this one).",
+            f"Resume with the model that wrote it. Or: {how_to_go_on_without(folder)}",
         ) from error
 
 

@@ -65,6 +65,14 @@ def _is_left_over(path: Path) -> bool:
     return path.name.endswith(TEMPORARY_SUFFIX) or path.name.startswith("earlier-")
 
 
+def how_to_go_on_without(folder: Path) -> str:
+    """The remedy for a damaged checkpoint."""
+    earlier = [path for path in list_checkpoints(folder.parent) if path.name < folder.name]
+    if not earlier:
+        return "There is no earlier checkpoint; start again without --load."
+    return f"Resume from an earlier checkpoint: --load {earlier[-1]}."
+
+
 def save_checkpoint(
     root: Path, rollout_id: int, *, state: dict[str, Any], config_toml: str, save_tensors: Callable[[Path], None]
 ) -> Path:
@@ -83,7 +91,7 @@ def read_state(folder: Path) -> dict[str, Any]:
         state: dict[str, Any] = json.loads((folder / "state.json").read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            str(folder / "state.json"), "unreadable", f"{error}.", "Resume from an earlier checkpoint."
+            str(folder / "state.json"), "unreadable", f"{error}.", how_to_go_on_without(folder)
         ) from error
     return state
 

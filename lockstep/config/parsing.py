@@ -274,6 +274,8 @@ def _notes(config: Config, given: Mapping[str, Any]) -> list[str]:
     notes = compatibility.notes(name for name in given if not _is_default(config, name))
     if unused := config.sglang.unused_by_the_embedded_engine:
         notes.append(f"{', '.join(unused)}: for SGLang's servers; the embedded engine does not use them.")
+    if config.rollout.num_rollout is not None and config.rollout.num_epoch is not None:
+        notes.append("--num-epoch: --num-rollout is set too, and decides the length of the run.")
     if config.algorithm.use_kl_loss and config.checkpoint.ref_load is None:
         notes.append(f"--use-kl-loss: without --ref-load the reference model is {config.model.hf_checkpoint}.")
     return notes

@@ -451,7 +451,8 @@ def test_a_damaged_checkpoint_is_refused_and_an_earlier_one_goes_on(
     shutil.copytree(finished, root)
     before = read_metrics(root)
     change(root / "checkpoints" / "rollout_0000001")
-    assert_says(complaint(capsys, longer(workshop, root), 1), parts)
+    earlier = root / "checkpoints" / "rollout_0000000"
+    assert_says(complaint(capsys, longer(workshop, root), 1), (*parts, f"--load {earlier}."))
     assert read_metrics(root) == before
     assert len(list_checkpoints(root / "checkpoints")) == 2
     assert main(longer(workshop, root, load=root / "checkpoints" / "rollout_0000000")) == 0

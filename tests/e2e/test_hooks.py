@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,20 @@ def training_of(tmp_path: Path, rollout_id: int = 0) -> list[dict[str, Any]]:
 def calls(tmp_path: Path, name: str) -> list[Any]:
     lines = map(json.loads, (tmp_path / "calls.jsonl").read_text().splitlines())
     return [values for called, values in lines if called == name]
+
+
+def test_the_functions_of_the_page_on_hooks_work(train, tmp_path):
+    page = Path(__file__).parents[2] / "docs" / "hooks.md"
+    hooks = tmp_path / "hooks.py"
+    hooks.write_text("\n\n".join(re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)))
+    train(
+        custom_rm_path=f"{hooks}:reward",
+        custom_generate_function_path=f"{hooks}:generate",
+        dynamic_sampling_filter_path=f"{hooks}:keep",
+    )
+    for sample in samples_of(tmp_path):
+        assert 0 in sample["loss_mask"]
+        assert sample["metadata"]["round_number"] == 2
 
 
 @pytest.mark.parametrize("settings", [{}, {"rollout_top_p": 0.8, "use_rollout_routing_replay": True}])
