@@ -22,9 +22,9 @@ INTERRUPTED = 130
 def main(words: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code. Errors of ours are printed in one line, without a traceback."""
     words = sys.argv[1:] if words is None else words
-    # PyTorch's CPU threads wait by spinning: on a machine with other work that made steps 10 times slower. OpenMP reads
-    # this when torch is loaded.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # PyTorch's CPU threads wait by spinning, for milliseconds: on a machine with other work that made steps 10 times
+    # slower. Some microseconds are enough between two operations. OpenMP reads this when torch is loaded.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         return _dispatch(list(words))
     except LockstepError as error:
