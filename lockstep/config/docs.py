@@ -31,7 +31,7 @@ Names are slime's and Megatron's; what becomes of all their flags stands in [com
 _COMPATIBILITY_HEAD = """\
 # Compatibility with slime
 
-The argument arrays of a slime script are accepted as they stand. Each flag is one of four:
+The argument arrays of a slime script are read as they stand. Each flag is one of four:
 
 - **same**: an option of Lockstep with slime's name and meaning ([options.md](options.md)).
 - **accepted**: may stay in the script; what it asks for happens anyway. A run says so once, with the reason. Where a
