@@ -27,7 +27,7 @@ from lockstep.errors import ModelError, OptionError
 from lockstep.models import Qwen3, Qwen3Config
 from lockstep.rewards import RewardPool
 from lockstep.rollout.embedded import EmbeddedEngine
-from lockstep.rollout.evaluation import load_eval_sets
+from lockstep.rollout.evaluation import EvalSet, load_eval_sets
 from lockstep.rollout.generate import RolloutContext, generate_rollout
 from lockstep.rollout.hooks import RolloutHooks
 from lockstep.rollout.policy import Policy
@@ -77,7 +77,7 @@ def assemble(config: Config, stack: AsyncExitStack, on_sample: Callable[[int], N
     data_source = make_data_source(config, tokenizer)
     num_rollout = _num_rollout(config, data_source)
     max_context_len = _max_context_len(config, model_config)
-    eval_sets = load_eval_sets(config, tokenizer, max_context_len)
+    eval_sets = load_eval_sets(config, tokenizer, model_config.max_position_embeddings)
     hooks = RolloutHooks.from_config(config)
     samples_something = not config.debug.samples_nothing and (not is_sft or bool(eval_sets))
 
@@ -98,7 +98,8 @@ def assemble(config: Config, stack: AsyncExitStack, on_sample: Callable[[int], N
     checkpoint = find_checkpoint(Path(config.checkpoint.load)) if config.checkpoint.load else None
     engine, context, kv_tokens = None, None, None
     if samples_something:
-        kv_tokens = _kv_tokens(config, model, max_context_len, checkpoint)
+        longest = max([max_context_len, *(_longest_eval(config, eval_set) for eval_set in eval_sets)])
+        kv_tokens = _kv_tokens(config, model, longest, checkpoint)
         engine = _embedded_engine(
             config, stack.enter_context(trainer.rollout_weights()), tokenizer, kv_tokens, max_context_len
         )
@@ -243,6 +244,12 @@ def _embedded_engine(
         decode_text=partial(tokenizer.decode, skip_special_tokens=False),
         seed=config.data.rollout_seed,
     )
+
+
+def _longest_eval(config: Config, eval_set: EvalSet) -> int:
+    """Tokens that one held-out prompt with its response may need, where prompts are limited at all."""
+    longest_prompt = config.eval.eval_max_prompt_len or config.rollout.rollout_max_prompt_len or 0
+    return min(eval_set.max_context_len, longest_prompt + int(eval_set.sampling_params["max_new_tokens"]))
 
 
 def _kv_tokens(config: Config, model: Qwen3, max_context_len: int, checkpoint: Path | None) -> int:

@@ -32,6 +32,10 @@ class EvalSet:
 def load_eval_sets(config: Config, tokenizer: Tokenizer, max_context_len: int) -> list[EvalSet]:
     """Every held-out set of the options, its prompts rendered.
 
+    Args:
+        max_context_len: what the model can hold. Training's own shorter limit does not cut evaluation, whose responses
+            may be longer.
+
     Raises:
         OptionError: the list of names and paths, or the YAML file, is not as it should be.
         DataError: a file cannot be used.
@@ -92,7 +96,7 @@ def _load(config: Config, tokenizer: Tokenizer, max_context_len: int, *, name: s
         tokenizer,
         prompt_format,
         n_samples_per_eval_prompt=first("n_samples_per_eval_prompt", options.n_samples_per_eval_prompt),
-        eval_max_prompt_len=first("max_prompt_len", options.eval_max_prompt_len, rollout.rollout_max_prompt_len),
+        eval_max_prompt_len=options.eval_max_prompt_len or rollout.rollout_max_prompt_len,
         skip_malformed_rows=data.skip_malformed_rows,
         metadata_overrides=overrides,
     )
