@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from lockstep.kernels.attention import PackedAttention
+from lockstep.kernels.packed import PackedDocuments
 from lockstep.kernels.linear_log_probs import linear_log_probs
 from lockstep.models import Qwen3, Qwen3Config
 from lockstep.rollout.embedded import EmbeddedEngine
@@ -27,11 +27,11 @@ from lockstep.rollout.engine import SamplingParams
 DOCUMENT, TOKENS = 4096, 16384
 GEOMETRIES: dict[str, dict[str, Any]] = {
     "Qwen3-4B": {
-        "vocab_size": 151936, "hidden_size": 2560, "num_hidden_layers": 36, "num_attention_heads": 32,
+        "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 2560, "num_hidden_layers": 36, "num_attention_heads": 32,
         "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 9728, "tie_word_embeddings": True,
     },
     "Qwen3-30B-A3B, 24 of 48 layers": {
-        "vocab_size": 151936, "hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 32,
+        "model_type": "qwen3_moe", "vocab_size": 151936, "hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 32,
         "num_key_value_heads": 4, "head_dim": 128, "intermediate_size": 6144, "num_experts": 128,
         "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True,
     },
@@ -45,7 +45,7 @@ def main() -> None:
         "ceilings": ceilings(),
     }
     for name, shape in GEOMETRIES.items():
-        model = random_model(Qwen3Config(**shape))
+        model = random_model(Qwen3Config.from_hf(shape))
         result[name] = {"decode": decode(model), "training": training(model)}
         print(name, json.dumps(result[name]), flush=True)
         del model
@@ -83,7 +83,7 @@ def training(model: Qwen3) -> dict[str, float]:
         hidden = model(
             ids,
             positions,
-            PackedAttention(documents, ids.device),
+            PackedDocuments(documents, ids.device),
             run_layer=lambda *arguments: checkpoint(*arguments, use_reentrant=False),
         )
         linear_log_probs(hidden, model.lm_head.weight, ids, with_entropy=False)[0].sum().backward()

@@ -24,15 +24,17 @@ from lockstep.data import load_tokenizer
 from lockstep.data.chat import SftTokenizer
 from lockstep.data.choose_source import DataSource, make_data_source
 from lockstep.errors import ModelError, OptionError
-from lockstep.models import Qwen3, Qwen3Config
+from lockstep.models import LanguageModel, ModelConfig, read_model_config
 from lockstep.rewards import RewardPool
 from lockstep.rollout.embedded import EmbeddedEngine
+from lockstep.rollout.embedded.caches import bytes_per_sequence, bytes_per_token
 from lockstep.rollout.evaluation import EvalSet, load_eval_sets
 from lockstep.rollout.generate import RolloutContext, generate_rollout
 from lockstep.rollout.hooks import RolloutHooks
 from lockstep.rollout.policy import Policy
 from lockstep.rollout.sft import SftRollout
 from lockstep.run import Run, resume_run
+from lockstep.tracking.transfer import TransferProgress
 from lockstep.trainer.local import LocalTrainer
 
 _DEFAULT_ROLLOUT = "lockstep.rollout.generate.generate_rollout"
@@ -67,7 +69,7 @@ def assemble(config: Config, stack: AsyncExitStack, on_sample: Callable[[int], N
     hf_folder = Path(config.model.hf_checkpoint)
     hf_config = read_hf_config(hf_folder)
     check_model_flags(config, hf_config)
-    model_config = Qwen3Config.from_hf(hf_config)
+    model_config = read_model_config(hf_config)
     tokenizer: Any = load_tokenizer(hf_folder)
     _check_tokenizer(tokenizer, model_config)
     args = config.args()
@@ -82,7 +84,8 @@ def assemble(config: Config, stack: AsyncExitStack, on_sample: Callable[[int], N
     samples_something = not config.debug.samples_nothing and (not is_sft or bool(eval_sets))
 
     dtype = getattr(torch, config.model.params_dtype)
-    model = load_hf_model(hf_folder, dtype=dtype, device=device)
+    with TransferProgress("loading") as progress:
+        model = load_hf_model(hf_folder, dtype=dtype, device=device, on_bytes=progress)
     trainer = LocalTrainer(
         model,
         reference=_reference(config, dtype, device),
@@ -176,11 +179,12 @@ def _advantage_estimator(config: Config) -> AdvantageEstimator:
     )
 
 
-def _reference(config: Config, dtype: torch.dtype, device: torch.device) -> Qwen3 | None:
+def _reference(config: Config, dtype: torch.dtype, device: torch.device) -> LanguageModel | None:
     if not config.algorithm.use_kl_loss:
         return None
     folder = Path(config.checkpoint.ref_load or config.model.hf_checkpoint)
-    return load_hf_model(folder, dtype=dtype, device=device).requires_grad_(False)
+    with TransferProgress("loading the reference") as progress:
+        return load_hf_model(folder, dtype=dtype, device=device, on_bytes=progress).requires_grad_(False)
 
 
 def _routing(config: Config) -> Any:
@@ -197,7 +201,7 @@ def _num_rollout(config: Config, data_source: DataSource) -> int:
     return data_source.num_rollout(options.num_epoch, options.rollout_batch_size)
 
 
-def _max_context_len(config: Config, model: Qwen3Config) -> int:
+def _max_context_len(config: Config, model: ModelConfig) -> int:
     options = config.rollout
     limit = options.rollout_max_context_len
     if limit is None and options.rollout_max_prompt_len is not None:
@@ -231,7 +235,7 @@ def _stop_token_ids(folder: Path, hf_config: dict[str, Any], tokenizer: Any) -> 
 
 
 def _embedded_engine(
-    config: Config, model: Qwen3, tokenizer: Any, kv_tokens: int, max_context_len: int
+    config: Config, model: LanguageModel, tokenizer: Any, kv_tokens: int, max_context_len: int
 ) -> EmbeddedEngine:
     options = config.rollout
     block_size = options.rollout_block_size
@@ -252,7 +256,7 @@ def _longest_eval(config: Config, eval_set: EvalSet) -> int:
     return min(eval_set.max_context_len, longest_prompt + int(eval_set.sampling_params["max_new_tokens"]))
 
 
-def _kv_tokens(config: Config, model: Qwen3, max_context_len: int, checkpoint: Path | None) -> int:
+def _kv_tokens(config: Config, model: LanguageModel, max_context_len: int, checkpoint: Path | None) -> int:
     """Tokens of the KV cache: the option, else what the checkpoint's run had, else what the running requests can need,
     within a share of free memory."""
     options = config.rollout
@@ -261,20 +265,20 @@ def _kv_tokens(config: Config, model: Qwen3, max_context_len: int, checkpoint: P
     if checkpoint is not None and (earlier := read_state(checkpoint).get("kv_tokens")) is not None:
         return int(earlier)
     weight = model.lm_head.weight
-    shape = model.config
-    token_bytes = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * weight.element_size()
     if weight.is_cuda:
         fraction = config.sglang.mem_fraction_static or _KV_FRACTION
         gradients_and_moments = 12 * sum(p.numel() for p in model.parameters())  # fp32, first made in training
         free_bytes = max(0, torch.cuda.mem_get_info(weight.device)[0] - gradients_and_moments)
     else:
         fraction, free_bytes = _KV_FRACTION, psutil.virtual_memory().available
-    affordable = int(free_bytes * fraction) // token_bytes
+    element_size = weight.element_size()
+    states = options.rollout_max_running_requests * bytes_per_sequence(model.config, element_size)
+    affordable = max(0, int(free_bytes * fraction) - states) // bytes_per_token(model.config, element_size)
     running = min(options.rollout_max_running_requests, max(options.samples_per_rollout, 1))
     return max(options.rollout_block_size, min(affordable, running * max_context_len))
 
 
-def _check_tokenizer(tokenizer: Any, model: Qwen3Config) -> None:
+def _check_tokenizer(tokenizer: Any, model: ModelConfig) -> None:
     largest = max(tokenizer.get_vocab().values())
     if largest >= model.vocab_size:
         raise ModelError(

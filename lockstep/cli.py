@@ -131,9 +131,50 @@ def _bench(words: Sequence[str]) -> int:
     return 0
 
 
+def _convert(words: Sequence[str]) -> int:
+    from lockstep.config.parsing import OptionParser
+
+    parser = OptionParser(
+        prog="lockstep convert",
+        description="Between HF folders and Megatron's distributed checkpoints, alone or under torchrun.",
+    )
+    ways = parser.add_subparsers(dest="way", required=True, metavar="WAY")
+    there = ways.add_parser(
+        "hf-to-torch-dist",
+        help="write an HF folder as a Megatron checkpoint",
+        epilog="Megatron's model-shape flags may follow; they are checked against config.json.",
+        allow_abbrev=False,
+    )
+    there.add_argument("--hf-checkpoint", type=Path, required=True, help="HF folder")
+    there.add_argument("--save", type=Path, required=True, help="new folder, for Megatron's --load or --ref-load")
+    back = ways.add_parser("torch-dist-to-hf", help="write a Megatron checkpoint as an HF folder", allow_abbrev=False)
+    back.add_argument(
+        "--load", "--input-dir", type=Path, required=True, help="folder of a run, or of one of its checkpoints"
+    )
+    back.add_argument(
+        "--hf-checkpoint", "--origin-hf-dir", type=Path, required=True, help="HF folder with config and tokenizer"
+    )
+    back.add_argument("--save-hf", "--output-dir", type=Path, required=True, help="new HF folder")
+    options, rest = parser.parse_known_args(words)
+    if options.way == "torch-dist-to-hf":
+        if rest:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        from lockstep.checkpoint.megatron.command import run_torch_dist_to_hf
+
+        return run_torch_dist_to_hf(options.load, options.hf_checkpoint, options.save_hf)
+    from lockstep.config.model_flags import check_model_flags
+    from lockstep.config.parsing import parse_options
+
+    flags = parse_options("convert", ["--hf-checkpoint", str(options.hf_checkpoint), *rest]).config
+    from lockstep.checkpoint.megatron.command import run_hf_to_torch_dist
+
+    return run_hf_to_torch_dist(options.hf_checkpoint, options.save, lambda hf: check_model_flags(flags, hf))
+
+
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (_train, "train a model"),
     "eval": (_eval, "evaluate a model on held-out prompts"),
+    "convert": (_convert, "between HF folders and Megatron checkpoints"),
     "report": (_report, "write the HTML page of a run"),
     "bench": (_bench, "measure speed on this machine"),
 }

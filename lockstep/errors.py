@@ -38,6 +38,9 @@ class LockstepError(Exception):
         super().__init__(field, value, reason, remedy)
         self.field, self.value, self.reason, self.remedy = field, value, reason, remedy
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.field, self.value, self.reason, self.remedy)  # OSError would keep two of them
+
     def __str__(self) -> str:
         subject = self.field if self.value is None else f"{self.field} is {self.value!r}"
         return f"{subject}: {self.reason} {self.remedy}"

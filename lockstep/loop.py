@@ -205,8 +205,9 @@ async def run_eval(run: Run, observer: Observer, rollout_id: int) -> dict[str, f
 
 def save(run: Run, observer: Observer, state: dict[str, object]) -> None:
     """Write a checkpoint, if the run keeps any, and say where."""
-    with observer.clock.phase("save", None, "perf/save_model_time"):
-        folder = save_run(run, state)
+    clock = observer.clock
+    with clock.phase("save", None, "perf/save_model_time"), clock.progress.transfer("exporting") as on_exported:
+        folder = save_run(run, state, on_exported)
     if folder is not None:
         observer.note(f"saved {folder}")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lockstep.algorithms import AdvantageEstimator
-from lockstep.checkpoint.hf import read_hf_config, save_hf_model
+from lockstep.checkpoint.hf import OnBytes, read_hf_config, save_hf_model
 from lockstep.checkpoint.training import (
     checkpoint_folder,
     delete_old_checkpoints,
@@ -83,10 +83,13 @@ class Run:
         }
 
 
-def save_run(run: Run, state: dict[str, Any]) -> Path | None:
+def save_run(run: Run, state: dict[str, Any], on_exported: OnBytes | None = None) -> Path | None:
     """Write a checkpoint of the step border that `state` describes; the weights must be of that border too.
 
-    Returns its folder, or None when there is nothing to do: no `--save`, nothing trained yet, or already saved.
+    Args:
+        on_exported: told how far the export of the weights is.
+    Returns:
+        Its folder, or None when there is nothing to do: no `--save`, nothing trained yet, or already saved.
     """
     options = run.config.checkpoint
     if options.save is None or state["next_rollout_id"] == 0:
@@ -98,7 +101,7 @@ def save_run(run: Run, state: dict[str, Any]) -> Path | None:
         run.data_source.save(rollout_id)
     with_optimizer = not options.no_save_optim
     try:
-        _export(run, rollout_id)  # first: a run killed in between repeats the step, and so the export
+        _export(run, rollout_id, on_exported)  # first: a run killed in between repeats the step, and so the export
     finally:
         folder = save_checkpoint(
             root,
@@ -111,11 +114,11 @@ def save_run(run: Run, state: dict[str, Any]) -> Path | None:
     return folder
 
 
-def _export(run: Run, rollout_id: int) -> None:
+def _export(run: Run, rollout_id: int, on_bytes: OnBytes | None) -> None:
     if (template := run.config.checkpoint.save_hf) is not None:
         with run.trainer.rollout_weights() as model:
             target = Path(template.format(rollout_id=rollout_id))
-            save_hf_model(model, target, source=Path(run.config.model.hf_checkpoint))
+            save_hf_model(model, target, source=Path(run.config.model.hf_checkpoint), on_bytes=on_bytes)
 
 
 def _delete_old_checkpoints(run: Run) -> None:

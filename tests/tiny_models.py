@@ -7,13 +7,19 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3MoeConfig,
+    Qwen3NextConfig,
+)
 
 from lockstep.algorithms import Loss, make_policy_loss
 from lockstep.config import BatchingOptions, OptimizerOptions
-from lockstep.kernels.attention import PackedAttention
-from lockstep.models import Qwen3
-from lockstep.models import Qwen3Config as Shape
+from lockstep.kernels.packed import PackedDocuments
+from lockstep.models import LanguageModel, build_model, read_model_config
 from lockstep.models.layers.moe import ChooseExperts, top_k_experts
 from lockstep.trainer.local import LocalTrainer
 
@@ -43,6 +49,39 @@ def moe_config(seed: int = 0, **changes: Any) -> Qwen3MoeConfig:
     return Qwen3MoeConfig(**(common | sparse | changes), attn_implementation="eager", experts_implementation="eager")
 
 
+def next_config(seed: int = 0, **changes: Any) -> Qwen3NextConfig:
+    """Delta layers and gated attention in an order drawn from the seed, with at least one of each."""
+    draw = random.Random(seed)
+    common = _common(draw) | {"num_hidden_layers": draw.choice([2, 3, 4])}
+    layers = common["num_hidden_layers"]
+    renormalises = bool(seed % 2)
+    interval = draw.choice([2, layers])
+    key_heads = draw.choice([1, 2])
+    rope = {"partial_rotary_factor": draw.choice([0.25, 0.5]), "rope_type": "default", "rope_theta": 1e7}
+    mixed = {
+        "head_dim": draw.choice([8, 16, 32]),
+        "rope_parameters": rope,
+        "layer_types": ["linear_attention" if (i + 1) % interval else "full_attention" for i in range(layers)],
+        "linear_conv_kernel_dim": draw.choice([2, 4]),
+        "linear_num_key_heads": key_heads,
+        "linear_num_value_heads": key_heads * draw.choice([1, 2, 3]),
+        "linear_key_head_dim": draw.choice([8, 16]),
+        "linear_value_head_dim": draw.choice([8, 24]),
+        "num_experts": draw.choice([4, 6, 8]),
+        "num_experts_per_tok": draw.choice([2, 3]),
+        "moe_intermediate_size": draw.choice([16, 24]),
+        "shared_expert_intermediate_size": draw.choice([16, 40]),
+        "norm_topk_prob": renormalises,
+        "decoder_sparse_step": 2 if seed % 3 == 2 else 1,
+        "mlp_only_layers": [draw.randrange(layers)] if seed % 3 == 1 else [],
+    }
+    return Qwen3NextConfig(**(common | mixed | changes), attn_implementation="eager", experts_implementation="eager")
+
+
+CONFIGS = {"dense": dense_config, "moe": moe_config, "next": next_config}
+"""Family -> its random config of a seed."""
+
+
 def _common(draw: random.Random) -> dict[str, Any]:
     key_heads, heads_per_key = draw.choice([1, 2]), draw.choice([1, 2, 3])
     return {
@@ -61,42 +100,46 @@ def _common(draw: random.Random) -> dict[str, Any]:
     }
 
 
-def hf_model(config: Qwen3Config | Qwen3MoeConfig, seed: int = 0) -> PreTrainedModel:
+def hf_model(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
     """transformers' model in fp32, every parameter drawn (also norms and biases, which start at 1 and 0 there)."""
-    made = Qwen3MoeForCausalLM if isinstance(config, Qwen3MoeConfig) else Qwen3ForCausalLM
-    model = made(config).eval()
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
+    zero_centred = isinstance(config, Qwen3NextConfig)
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=draw)
             if "norm" in name:
-                parameter.copy_(1 + 0.2 * noise)
+                parameter.copy_(0.2 * noise + (0.0 if zero_centred and "linear_attn" not in name else 1.0))
             else:
                 parameter.copy_(noise * (parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.3))
     return model
 
 
-def twin_of(model: PreTrainedModel) -> Qwen3:
+def twin_of(model: PreTrainedModel) -> LanguageModel:
     """Lockstep's model with the same weights; in memory both stack experts under the same names."""
-    twin = Qwen3(Shape.from_hf(model.config.to_dict()))
+    twin = build_model(read_model_config(model.config.to_dict()))
     twin.load_state_dict(model.state_dict())
     return twin
 
 
-def tiny_dense(**changes: Any) -> Qwen3:
+def tiny_dense(**changes: Any) -> LanguageModel:
     return twin_of(hf_model(dense_config(0, **changes)))
 
 
-def tiny_moe(**changes: Any) -> Qwen3:
+def tiny_next(**changes: Any) -> LanguageModel:
+    return twin_of(hf_model(next_config(0, **changes)))
+
+
+def tiny_moe(**changes: Any) -> LanguageModel:
     return twin_of(hf_model(moe_config(0, **changes)))
 
 
-def packed_logits(model: Qwen3, documents: list[list[int]], choose: ChooseExperts = top_k_experts) -> Tensor:
+def packed_logits(model: LanguageModel, documents: list[list[int]], choose: ChooseExperts = top_k_experts) -> Tensor:
     """Logits `[T, V]` of the documents packed into one row."""
     lengths = [len(document) for document in documents]
     tokens = torch.tensor([token for document in documents for token in document])
     positions = torch.cat([torch.arange(length) for length in lengths])
-    hidden = model(tokens, positions, PackedAttention(lengths, tokens.device), choose)
+    hidden = model(tokens, positions, PackedDocuments(lengths, tokens.device), choose)
     return hidden @ model.lm_head.weight.T
 
 
@@ -129,12 +172,12 @@ def relative_error(ours: Tensor, theirs: Tensor) -> float:
 
 
 def tiny_trainer(
-    model: Qwen3,
+    model: LanguageModel,
     *,
     loss: Loss | None = None,
     temperature: float = 1.0,
     routing: Literal["own", "rollout", "old"] = "own",
-    reference: Qwen3 | None = None,
+    reference: LanguageModel | None = None,
     batching: dict[str, Any] | None = None,
     **optimizer: Any,
 ) -> LocalTrainer:

@@ -105,6 +105,9 @@ class AlgorithmOptions(OptionGroup):
         return self
 
 
+MomentDtype = Literal["fp32", "bf16", "8bit"]
+
+
 class OptimizerOptions(OptionGroup):
     """The update and its learning rate."""
 
@@ -132,8 +135,23 @@ class OptimizerOptions(OptionGroup):
     """Added to the root of the second moment."""
     clip_grad: NonNegative = 1.0
     """Largest norm of the gradient; 0 does not clip."""
+    use_precision_aware_optimizer: bool = False
+    """Allow gradients and moments in less than fp32, with the dtype options below."""
+    main_grads_dtype: Literal["fp32", "bf16"] = "fp32"
+    """How gradients of bf16 weights add up over micro-batches and wait for the update. bf16 rounds every addition."""
+    exp_avg_dtype: MomentDtype = "fp32"
+    """First moment: fp32, bf16, or 8-bit codes with a scale per block of 128. Masters are fp32 in any case."""
+    exp_avg_sq_dtype: MomentDtype = "fp32"
+    """Second moment, likewise."""
+    optimizer_cpu_offload: bool = False
+    """Keep the optimizer's state in pinned host memory and stream it through the GPU's update. CPU: no difference."""
+    optimizer_offload_fraction: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Share of the parameters whose state optimizer_cpu_offload moves, in the model's order."""
+    overlap_cpu_optimizer_d2h_h2d: bool = False
+    """Copy state in, update and copy it out at the same time, for two more buffers on the GPU."""
     seed: int = 1234
-    """Seed of the generators of Python, NumPy and PyTorch, for hooks that draw from them. Sampling has rollout_seed."""
+    """Seed of the generators of Python, NumPy and PyTorch, for hooks that draw from them, and of the rounding of
+    bf16 and 8-bit moments. Sampling has rollout_seed."""
 
     @model_validator(mode="after")
     def _schedule_must_be_consistent(self) -> OptimizerOptions:
@@ -155,6 +173,23 @@ class OptimizerOptions(OptionGroup):
             )
         return self
 
+    @model_validator(mode="after")
+    def _less_than_fp32_must_be_wanted(self) -> OptimizerOptions:
+        dtypes = {
+            "--main-grads-dtype": self.main_grads_dtype,
+            "--exp-avg-dtype": self.exp_avg_dtype,
+            "--exp-avg-sq-dtype": self.exp_avg_sq_dtype,
+        }
+        for flag, dtype in dtypes.items():
+            if dtype != "fp32" and not self.use_precision_aware_optimizer:
+                raise OptionError(
+                    flag,
+                    dtype,
+                    "without --use-precision-aware-optimizer everything is fp32.",
+                    "Add --use-precision-aware-optimizer.",
+                )
+        return self
+
 
 class BatchingOptions(OptionGroup):
     """How samples become micro-batches. None of it changes the result, only speed and memory."""
@@ -171,6 +206,10 @@ class BatchingOptions(OptionGroup):
     """Tokens per chunk of the fused log-probs; -1 chooses."""
     recompute_granularity: Literal["full", "selective"] | None = None
     """Recompute every layer in backward to save memory (full). selective is accepted and recomputes nothing."""
+    backward_order: Literal["micro-batch", "layer"] = "micro-batch"
+    """Finish one micro-batch after the other, or one layer after the other for all micro-batches (layer). By layer,
+    gradients add up in fp32 one layer at a time, whatever main_grads_dtype; activations are recomputed, and the inputs of
+    all layers of the whole step must fit into memory."""
 
     @model_validator(mode="after")
     def _dynamic_batches_need_a_size(self) -> BatchingOptions:

@@ -30,7 +30,7 @@ def packed_attention_reference(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, leng
 
 
 class PackedAttention:
-    """`Attend` for packed documents of the given lengths; builds its index tables once for all layers."""
+    """Attention inside documents of the given lengths; builds its index tables once for all layers."""
 
     def __init__(self, lengths: list[int], device: torch.device) -> None:
         self.cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
@@ -39,11 +39,12 @@ class PackedAttention:
         if self._buckets:
             self._inverse = torch.cat([bucket.real_rows for bucket in self._buckets]).argsort()
 
-    def __call__(self, layer_index: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
+    def __call__(self, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
         if not self._buckets:
             return torch.zeros_like(q_TNH)
         if q_TNH.is_cuda and q_TNH.dtype != torch.float32:
-            return _varlen_attention(q_TNH, k_TKH, v_TKH, self.cu_seqlens, self.max_length)
+            lengths = self.cu_seqlens, self.cu_seqlens, self.max_length, self.max_length
+            return varlen_attention(q_TNH, k_TKH, v_TKH, *lengths)
         return torch.cat([bucket.attend(q_TNH, k_TKH, v_TKH) for bucket in self._buckets])[self._inverse]
 
 
@@ -82,11 +83,16 @@ class _Bucket:
         return out.transpose(1, 2).flatten(0, 1)[self.real_slots]
 
 
-def _varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_length: int) -> Tensor:
-    """Flash attention over ragged documents; torch 2.11 and 2.13 spell grouped queries differently."""
+def varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_queries: Tensor, cu_keys: Tensor, max_queries: int, max_keys: int
+) -> Tensor:
+    """Flash attention over ragged documents; a document's queries are the last of its keys.
+
+    torch 2.11 and 2.13 spell grouped queries differently.
+    """
     from torch.nn.attention.varlen import varlen_attn
 
-    arguments = (q, k, v, cu_seqlens, cu_seqlens, max_length, max_length)
+    arguments = (q, k, v, cu_queries, cu_keys, max_queries, max_keys)
     if "enable_gqa" in varlen_attn.__annotations__:
         return cast(Tensor, varlen_attn(*arguments, window_size=(-1, 0), enable_gqa=True))
     return cast(Tensor, varlen_attn(*arguments, window_size=(-1, 0)))

@@ -104,7 +104,7 @@ def linear_log_probs(
         ValueError: a target lies outside its row's kept tokens, so it cannot have been sampled.
     """
     if kept is not None:
-        _check_kept(kept, targets_R)
+        check_kept(kept, targets_R)
     if chunk_rows is None:
         chunk_rows = default_chunk_rows(len(weight_VD), hidden_RD.device.type)
     result: tuple[Tensor, Tensor | None] = _LinearLogProbs.apply(  # type: ignore[no-untyped-call]
@@ -118,7 +118,7 @@ def default_chunk_rows(vocab_size: int, device_type: str) -> int:
     return max(MIN_CHUNK_ROWS, CHUNK_BYTES.get(device_type, CHUNK_BYTES["cuda"]) // (4 * vocab_size))
 
 
-def _check_kept(kept: KeptTokens, targets_R: Tensor) -> None:
+def check_kept(kept: KeptTokens, targets_R: Tensor) -> None:
     num_rows = len(targets_R)
     if len(kept.offsets_R1) != num_rows + 1:
         raise ValueError(
@@ -191,7 +191,7 @@ class _LinearLogProbs(torch.autograd.Function):
             if grad_hidden_RD is not None:
                 torch.mm(grad_logits_CV, weight_VD, out=grad_hidden_RD[rows])
             if grad_weight_VD is not None:
-                _add_product(grad_weight_VD, grad_logits_CV.T, hidden_RD[rows])
+                add_product(grad_weight_VD, grad_logits_CV.T, hidden_RD[rows])
         grad_weight_VD = None if grad_weight_VD is None else grad_weight_VD.to(weight_VD.dtype)
         return grad_hidden_RD, grad_weight_VD, None, None, None, None, None
 
@@ -219,7 +219,7 @@ def _entropy_grad(log_softmax_CV: Tensor, entropy_C: Tensor, grad_C: Tensor) -> 
     return torch.addcmul(-grad_C1 * entropy_C.unsqueeze(1), -grad_C1, log_softmax_CV).mul_(log_softmax_CV.exp())
 
 
-def _add_product(total_MN: Tensor, left_MK: Tensor, right_KN: Tensor) -> None:
+def add_product(total_MN: Tensor, left_MK: Tensor, right_KN: Tensor) -> None:
     if left_MK.dtype == total_MN.dtype:
         total_MN.addmm_(left_MK, right_KN)
     else:

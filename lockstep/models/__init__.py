@@ -2,6 +2,20 @@
 
 from __future__ import annotations
 
+from lockstep.models.config import ModelConfig
+from lockstep.models.families import FAMILIES, build_model, read_model_config
+from lockstep.models.language_model import LanguageModel
 from lockstep.models.qwen3 import Qwen3, Qwen3Config
+from lockstep.models.qwen3_next import Qwen3Next, Qwen3NextConfig
 
-__all__ = ["Qwen3", "Qwen3Config"]
+__all__ = [
+    "FAMILIES",
+    "LanguageModel",
+    "ModelConfig",
+    "Qwen3",
+    "Qwen3Config",
+    "Qwen3Next",
+    "Qwen3NextConfig",
+    "build_model",
+    "read_model_config",
+]

@@ -23,7 +23,7 @@ from lockstep.report import charts
 from lockstep.report.charts import Chart, ChartSpec, Row
 from lockstep.report.samples import Record, Selection, samples_path, select_samples, write_samples
 from lockstep.tracking.jsonl import FILE_NAME, read_steps
-from lockstep.tracking.progress import duration
+from lockstep.tracking.transfer import duration
 
 __all__ = ["samples_path", "select_samples", "write_report", "write_samples"]
 

@@ -23,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lockstep import metrics as declared
+from lockstep.tracking.transfer import TransferProgress, duration, transfer_text
 
 REFRESH_PER_SECOND = 8
 HISTORY = 32
@@ -60,6 +61,7 @@ class Phase:
     total: int | None
     started: float
     done: int = 0
+    detail: str = ""
 
     def advance(self, count: int = 1) -> None:
         self.done += count
@@ -131,6 +133,21 @@ class RunProgress:
         finally:
             self._phase = outer
 
+    @contextmanager
+    def transfer(self, label: str) -> Iterator[Callable[[int, int], None]]:
+        """Show how far an export is that the current phase may hold; see `TransferProgress`."""
+        if not self.is_live:
+            with TransferProgress(label, console=self.console, clock=self._clock) as lines:
+                yield lines
+            return
+        phase, started = self._phase, self._clock()
+        assert phase is not None, "a transfer is a part of a phase"
+
+        def show(done: int, total: int) -> None:
+            phase.detail = f"{label} {transfer_text(done, total, self._clock() - started)}" if done < total else ""
+
+        yield show
+
     def step(self, step: int, metrics: dict[str, Any]) -> None:
         """Take in the metrics of a finished step (-1: the evaluation before training)."""
         self._steps_done = step + 1
@@ -185,9 +202,8 @@ class RunProgress:
         if phase is None:
             return Text("")
         count = "" if phase.total is None else f" {phase.done}/{phase.total}"
-        return Text.assemble(
-            (phase.name, "cyan"), count, (f"  {duration(self._clock() - phase.started)}", "dim"), no_wrap=True
-        )
+        times = "  ".join(["", duration(self._clock() - phase.started), *filter(None, [phase.detail])])
+        return Text.assemble((phase.name, "cyan"), count, (times, "dim"), no_wrap=True)
 
     def _numbers(self) -> RenderableType:
         if not self._series:
@@ -236,14 +252,3 @@ def sparkline(values: Collection[float]) -> str:
     low, high = min(finite, default=0.0), max(finite, default=0.0)
     scale = (len(SPARKS) - 1) / (high - low) if high > low else 0.0
     return "".join(SPARKS[round((value - low) * scale)] if abs(value) < float("inf") else "?" for value in values)
-
-
-def duration(seconds: float) -> str:
-    """`7s`, `3m20s`, `2h05m`, `3d04h`."""
-    whole = round(seconds)
-    minutes, hours, days = whole // 60, whole // 3600, whole // 86400
-    if days:
-        return f"{days}d{hours % 24:02d}h"
-    if hours:
-        return f"{hours}h{minutes % 60:02d}m"
-    return f"{minutes}m{whole % 60:02d}s" if minutes else f"{whole}s"

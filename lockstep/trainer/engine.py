@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from lockstep.models import Qwen3
+from lockstep.models import LanguageModel
 from lockstep.trainer.batch import TrainSample
 
 
@@ -48,7 +48,7 @@ class TrainingEngine(Protocol):
         """One optimizer step over a global batch whose loss weights are set."""
         ...
 
-    def rollout_weights(self) -> AbstractContextManager[Qwen3]:
+    def rollout_weights(self) -> AbstractContextManager[LanguageModel]:
         """The model that a sampler may decode on while the context is open."""
         ...
 

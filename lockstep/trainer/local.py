@@ -10,16 +10,15 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from lockstep.algorithms import Loss, LossInputs
 from lockstep.checkpoint.tensors import load_tensors, save_tensors
 from lockstep.config import BatchingOptions, OptimizerOptions
-from lockstep.kernels.attention import PackedAttention
 from lockstep.kernels.linear_log_probs import linear_log_probs
-from lockstep.models import Qwen3
+from lockstep.kernels.packed import PackedDocuments
+from lockstep.models import LanguageModel
 from lockstep.models.layers.moe import ChooseExperts, RecordRoutes, top_k_experts
-from lockstep.models.qwen3 import run_layer
+from lockstep.trainer.backward import BackwardOrder, ByLayer, ByMicroBatch, Pass
 from lockstep.trainer.batch import MicroBatch, TrainSample, pack_by_count, pack_by_tokens
 from lockstep.trainer.engine import LogProbs, StepResult
 from lockstep.trainer.optimizer import Optimizer, learning_rate
@@ -41,9 +40,9 @@ class LocalTrainer:
 
     def __init__(
         self,
-        model: Qwen3,
+        model: LanguageModel,
         *,
-        reference: Qwen3 | None,
+        reference: LanguageModel | None,
         loss: Loss,
         optimizer: OptimizerOptions,
         batching: BatchingOptions,
@@ -56,7 +55,7 @@ class LocalTrainer:
         self.model = model
         self.reference = reference
         self.loss = loss
-        self.optimizer = Optimizer(model, optimizer)
+        self.optimizer = Optimizer(model, optimizer, settles=batching.backward_order == "layer")
         self.optimizer_options = optimizer
         self.batching = batching
         self.temperature = temperature
@@ -67,10 +66,9 @@ class LocalTrainer:
         self.version = 0
         self.num_steps_done = 0
         self._reference_moved = False
-        if batching.recompute_granularity == "full":
-            self._run_layer: Callable[..., Tensor] = partial(checkpoint, use_reentrant=False)
-        else:
-            self._run_layer = run_layer
+        self._backward: BackwardOrder = ByMicroBatch(recompute=batching.recompute_granularity == "full")
+        if batching.backward_order == "layer":
+            self._backward = ByLayer(self.optimizer.gradients.settle)
 
     @property
     def device(self) -> torch.device:
@@ -88,7 +86,9 @@ class LocalTrainer:
             replays = self.routing == "rollout"
             choose: ChooseExperts = top_k_experts if reference else _choose_experts(batch, replays=replays)
             records = RecordRoutes(choose) if self.routing == "old" and not reference else None
-            policy_R, _ = self._forward(model, batch, records or choose, with_entropy=False)
+            documents = PackedDocuments(batch.lengths, self.device)
+            hidden_TD = model(batch.input_ids_T, batch.positions_T, documents, records or choose)
+            policy_R, _ = self._project(model, batch, hidden_TD, with_entropy=False)
             for index, result in zip(members, _per_sample(batch, policy_R, choose), strict=True):
                 results[index] = result
             if records is not None and records.layers:
@@ -100,10 +100,9 @@ class LocalTrainer:
     def step(self, samples: Sequence[TrainSample]) -> StepResult:
         results: list[LogProbs | None] = [None] * len(samples)
         totals: dict[str, float] = {}
-        for members in self._micro_batches(samples, self.batching.max_tokens_per_gpu):
-            batch = MicroBatch.build([samples[i] for i in members], self.device)
-            choose = _choose_experts(batch, replays=self.routing != "own")
-            policy_R, entropy_R = self._forward(self.model, batch, choose, with_entropy=self.needs_entropy)
+
+        def finish(members: list[int], batch: MicroBatch, choose: ChooseExperts, hidden_TD: Tensor) -> Tensor:
+            policy_R, entropy_R = self._project(self.model, batch, hidden_TD, with_entropy=self.needs_entropy)
             output = self.loss(
                 LossInputs(
                     policy_log_probs=policy_R,
@@ -117,12 +116,21 @@ class LocalTrainer:
                     sample_ids=batch.sample_ids_R,
                 )
             )
-            output.loss.backward()
             for name, value in output.metrics.items():
                 totals[name] = totals.get(name, 0.0) + float(value)
             for index, result in zip(members, _per_sample(batch, policy_R.detach(), choose), strict=True):
                 results[index] = result
             self.on_micro_batch(len(members))
+            return output.loss
+
+        def passes() -> Iterator[Pass]:
+            for members in self._micro_batches(samples, self.batching.max_tokens_per_gpu):
+                batch = MicroBatch.build([samples[i] for i in members], self.device)
+                choose = _choose_experts(batch, replays=self.routing != "own")
+                documents = PackedDocuments(batch.lengths, self.device)
+                yield Pass(batch, documents, choose, partial(finish, members, batch, choose))
+
+        self._backward.run(self.model, passes())
         lr = learning_rate(self.optimizer_options, self.num_steps_done, num_steps=self.num_steps)
         updates_before = self.optimizer.num_updates
         grad_norm = self.optimizer.step(lr)
@@ -137,7 +145,7 @@ class LocalTrainer:
         return StepResult(metrics, [result for result in results if result is not None])
 
     @contextmanager
-    def rollout_weights(self) -> Iterator[Qwen3]:
+    def rollout_weights(self) -> Iterator[LanguageModel]:
         yield self.model
 
     def update_reference(self) -> None:
@@ -179,11 +187,9 @@ class LocalTrainer:
             return pack_by_tokens([len(s.tokens) for s in samples], max_tokens)
         return pack_by_count(len(samples), self.batching.micro_batch_size)
 
-    def _forward(
-        self, model: Qwen3, batch: MicroBatch, choose: ChooseExperts, *, with_entropy: bool
+    def _project(
+        self, model: LanguageModel, batch: MicroBatch, hidden_TD: Tensor, *, with_entropy: bool
     ) -> tuple[Tensor, Tensor | None]:
-        attend = PackedAttention(batch.lengths, self.device)
-        hidden_TD = model(batch.input_ids_T, batch.positions_T, attend, choose, self._run_layer)
         return linear_log_probs(
             hidden_TD[batch.rows_R],
             model.lm_head.weight,

@@ -166,13 +166,13 @@ def test_the_export_loads_in_transformers_and_holds_the_trained_weights(runs, wo
     trained = checkpoint_tensors(root / "checkpoints" / LAST)
     assert torch.equal(model.lm_head.weight, trained["model.lm_head.weight"])
     from lockstep.checkpoint.hf import load_hf_model
-    from lockstep.kernels.attention import PackedAttention
+    from lockstep.kernels.packed import PackedDocuments
 
     ours = load_hf_model(root / "hf", dtype=torch.float32, device=torch.device("cpu"))
     ids = torch.arange(3, 40)
     with torch.no_grad():
         theirs = model(ids[None]).logits[0]
-        hidden = ours(ids, torch.arange(len(ids)), PackedAttention([len(ids)], ids.device))
+        hidden = ours(ids, torch.arange(len(ids)), PackedDocuments([len(ids)], ids.device))
         torch.testing.assert_close(ours.lm_head(hidden), theirs, atol=1e-5, rtol=1e-5)
     start_weights = load_hf_model(workshop.model, dtype=torch.float32, device=torch.device("cpu"))
     assert not torch.equal(start_weights.lm_head.weight, ours.lm_head.weight)

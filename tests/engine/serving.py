@@ -9,7 +9,7 @@ from typing import Any
 
 from tiny_models import random_documents
 
-from lockstep.models import Qwen3
+from lockstep.models import LanguageModel
 from lockstep.rollout.embedded import EmbeddedEngine
 from lockstep.rollout.engine import Generation, SamplingParams
 from lockstep.trainer.batch import TrainSample
@@ -20,7 +20,7 @@ def letters(token_ids: list[int]) -> str:
     return "".join(chr(ord("a") + token % 26) for token in token_ids)
 
 
-def make_engine(model: Qwen3, **options: Any) -> EmbeddedEngine:
+def make_engine(model: LanguageModel, **options: Any) -> EmbeddedEngine:
     defaults = {
         "num_blocks": 256,
         "block_size": 4,

@@ -10,24 +10,24 @@ import pytest
 import torch
 from serving import Request, group_requests, make_engine, serve, trained_on
 from tiny_models import (
-    dense_config,
+    CONFIGS,
     hf_model,
-    moe_config,
     packed_logits,
     tiny_dense,
     tiny_moe,
+    tiny_next,
     tiny_trainer,
     twin_of,
 )
 
-from lockstep.models import Qwen3
+from lockstep.models import LanguageModel
 from lockstep.rollout.engine import Generation
 
-MODELS = {"dense": tiny_dense, "moe": tiny_moe}
+MODELS = {"dense": tiny_dense, "moe": tiny_moe, "next": tiny_next}
 
 
 def differences(
-    model: Qwen3, requests: list[Request], generations: list[Generation], temperature: float
+    model: LanguageModel, requests: list[Request], generations: list[Generation], temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """|trainer - sampler| of every sampled token under the sampler's routes, and whether the trainer's own differ."""
     samples = [trained_on(r, g) for r, g in zip(requests, generations, strict=True)]
@@ -125,9 +125,9 @@ def test_the_kept_nucleus_and_its_log_probs_are_numpys() -> None:
             np.testing.assert_allclose(generation.log_probs[row], wanted, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["dense", "moe"])
+@pytest.mark.parametrize("family", MODELS)
 def test_greedy_decoding_gives_the_tokens_of_transformers_generate(family: str) -> None:
-    theirs = hf_model(moe_config(0) if family == "moe" else dense_config(0))
+    theirs = hf_model(CONFIGS[family](0))
     requests = group_requests(3, 1, max_new_tokens=24, temperature=0.0)
     generations = serve(make_engine(twin_of(theirs)), requests)
     for request, generation in zip(requests, generations, strict=True):
@@ -174,7 +174,11 @@ def test_no_module_of_the_engine_holds_a_second_copy_of_a_weight() -> None:
     """Beyond the cache and the routes, the engine owns no tensor."""
     model = tiny_moe()
     engine = make_engine(model)
-    held = [value for value in vars(engine.runner).values() if isinstance(value, torch.Tensor)]
+    caches = engine.runner.caches
+    holders = (engine.runner, caches)
+    held = [value for holder in holders for value in vars(holder).values() if isinstance(value, torch.Tensor)]
     storages = {p.untyped_storage().data_ptr() for p in model.parameters()}
     assert all(t.untyped_storage().data_ptr() not in storages for t in held)
-    assert {id(t) for t in held} == {id(engine.runner.kv_cache), id(engine.runner.routed_experts)}
+    assert {id(t) for t in held} == {
+        id(t) for t in (caches.kv, caches.conv, caches.delta, engine.runner.routed_experts)
+    }

@@ -35,7 +35,7 @@ def test_varlen_attention_and_its_gradients_are_right_to_bf16(heads: int, key_he
 
     wanted = run(lambda q, k, v: packed_attention_reference(q, k, v, LENGTHS), torch.float32)
     plain = run(lambda q, k, v: packed_attention_reference(q, k, v, LENGTHS), torch.bfloat16)
-    fast = run(lambda q, k, v: attend(0, q, k, v), torch.bfloat16)
+    fast = run(lambda q, k, v: attend(q, k, v), torch.bfloat16)
     for got, naive, want in zip(fast, plain, wanted, strict=True):
         assert relative_error(got, want) < min(1e-2, 2 * relative_error(naive, want))
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import VOCAB, hf_model, moe_config, relative_error, tiny_trainer, twin_of
+from tiny_models import CONFIGS, VOCAB, hf_model, moe_config, relative_error, tiny_trainer, twin_of
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -135,6 +135,7 @@ CUTS: dict[str, dict[str, Any]] = {
     "three by three": {"micro_batch_size": 3},
     "small chunks of logits": {"micro_batch_size": 4, "log_probs_chunk_size": 5},
     "recomputed": {"micro_batch_size": 4, "recompute_granularity": "full"},
+    "layer by layer": {"micro_batch_size": 3, "backward_order": "layer"},
 }
 
 
@@ -192,3 +193,16 @@ def test_recomputing_activations_changes_no_bit_of_the_gradient(kind: str) -> No
     _, kept, _ = gradient_step(theirs, kind, cut, per_token=False)
     _, recomputed, _ = gradient_step(theirs, kind, cut | {"recompute_granularity": "full"}, per_token=False)
     assert all(torch.equal(kept[name], recomputed[name]) for name in kept)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_finishing_layer_by_layer_gives_the_gradient_of_finishing_by_micro_batch(family: str, tied: bool) -> None:
+    """Every layer runs the same operations on the same inputs; only sums over micro-batches are ordered alike too."""
+    theirs = hf_model(CONFIGS[family](2, tie_word_embeddings=tied))
+    cut = CUTS["three by three"]
+    metrics, by_batch, _ = gradient_step(theirs, "grpo", cut, per_token=False)
+    others, by_layer, _ = gradient_step(theirs, "grpo", cut | {"backward_order": "layer"}, per_token=False)
+    assert others == pytest.approx(metrics, rel=1e-6)
+    assert by_layer.keys() == by_batch.keys()
+    assert max(relative_error(by_layer[name], grad) for name, grad in by_batch.items()) < 1e-6

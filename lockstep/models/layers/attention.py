@@ -1,45 +1,57 @@
-"""Grouped-query attention with per-head query and key norms.
+"""Grouped-query attention with per-head query and key norms, plain and with an output gate.
 
 T packed tokens, D model width, N query heads, K key/value heads, H head dim.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
-
 from torch import Tensor, nn
 
-from lockstep.models.layers.norm import RMSNorm
+from lockstep.models.layers.mixer import TokenMixer
+from lockstep.models.layers.norm import RMSNorm, ZeroCentredRMSNorm
 from lockstep.models.layers.rotary import rotate
 
 
-class Attend(Protocol):
-    """Causal attention inside each document; the seam where trainer, paged cache and context parallel differ."""
-
-    def __call__(self, layer_index: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
-        """Attended values `[T, N, H]`."""
-        ...
-
-
 class Attention(nn.Module):
-    """Qwen3's attention; `unflatten` infers the head count, so the same code runs on a shard of the heads."""
+    """`unflatten` infers the head count, so the same code runs on a shard of the heads.
+
+    Args:
+        norm: of queries and keys, over the head dim.
+        is_gated: `q_proj` then holds a gate beside each head's query, and its sigmoid scales what the head found.
+    """
 
     def __init__(
-        self, hidden_size: int, num_heads: int, num_key_value_heads: int, head_dim: int, *, bias: bool, norm_eps: float
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_key_value_heads: int,
+        head_dim: int,
+        *,
+        bias: bool,
+        norm: type[RMSNorm | ZeroCentredRMSNorm],
+        norm_eps: float,
+        is_gated: bool = False,
     ) -> None:
         super().__init__()
         self.head_dim = head_dim
-        self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=bias)
+        self.is_gated = is_gated
+        self.q_proj = nn.Linear(hidden_size, num_heads * head_dim * (2 if is_gated else 1), bias=bias)
         self.k_proj = nn.Linear(hidden_size, num_key_value_heads * head_dim, bias=bias)
         self.v_proj = nn.Linear(hidden_size, num_key_value_heads * head_dim, bias=bias)
         self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=bias)
-        self.q_norm = RMSNorm(head_dim, norm_eps)
-        self.k_norm = RMSNorm(head_dim, norm_eps)
+        self.q_norm = norm(head_dim, norm_eps)
+        self.k_norm = norm(head_dim, norm_eps)
 
-    def forward(self, x_TD: Tensor, layer_index: int, rotary: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        q_TNH = self.q_norm(self.q_proj(x_TD).unflatten(-1, (-1, self.head_dim)))
+    def forward(self, x_TD: Tensor, attention_index: int, rotary: tuple[Tensor, Tensor], mixer: TokenMixer) -> Tensor:
+        q_TNH, gate_TNH = self.q_proj(x_TD), None
+        if self.is_gated:
+            q_TNH, gate_TNH = q_TNH.unflatten(-1, (-1, 2 * self.head_dim)).chunk(2, dim=-1)
+        else:
+            q_TNH = q_TNH.unflatten(-1, (-1, self.head_dim))
         k_TKH = self.k_norm(self.k_proj(x_TD).unflatten(-1, (-1, self.head_dim)))
         v_TKH = self.v_proj(x_TD).unflatten(-1, (-1, self.head_dim))
-        attended_TNH = attend(layer_index, rotate(q_TNH, rotary), rotate(k_TKH, rotary), v_TKH)
-        projected: Tensor = self.o_proj(attended_TNH.flatten(-2))
+        out_TNH = mixer.attend(attention_index, rotate(self.q_norm(q_TNH), rotary), rotate(k_TKH, rotary), v_TKH)
+        if gate_TNH is not None:
+            out_TNH = out_TNH * gate_TNH.sigmoid()
+        projected: Tensor = self.o_proj(out_TNH.flatten(-2))
         return projected

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lockstep.kernels.experts import grouped_experts
+from lockstep.models.layers.mlp import GatedMLP
 
 
 class ChooseExperts(Protocol):
@@ -19,6 +20,14 @@ class ChooseExperts(Protocol):
     def __call__(self, moe_index: int, probs_TE: Tensor, top_k: int) -> Tensor:
         """Expert ids `[T, S]`; `moe_index` counts the sparse layers from 0."""
         ...
+
+
+class ComputeExperts(Protocol):
+    """What the chosen experts add up to, `[T, D]`; the seam for experts that live elsewhere."""
+
+    def __call__(
+        self, x_TD: Tensor, experts_TS: Tensor, weights_TS: Tensor, gate_up_EJD: Tensor, down_EDI: Tensor
+    ) -> Tensor: ...
 
 
 def top_k_experts(moe_index: int, probs_TE: Tensor, top_k: int) -> Tensor:
@@ -60,26 +69,43 @@ class Experts(nn.Module):
 
     def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
+        self.compute: ComputeExperts = grouped_experts
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * intermediate_size, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
         nn.init.normal_(self.gate_up_proj, std=0.02)
         nn.init.normal_(self.down_proj, std=0.02)
 
     def forward(self, x_TD: Tensor, experts_TS: Tensor, weights_TS: Tensor) -> Tensor:
-        return grouped_experts(x_TD, experts_TS, weights_TS, self.gate_up_proj, self.down_proj)
+        return self.compute(x_TD, experts_TS, weights_TS, self.gate_up_proj, self.down_proj)
 
 
 class MoE(nn.Module):
-    """Qwen3-MoE's feed-forward layer: softmax over all experts, then top-k, then (usually) renormalise."""
+    """Qwen3-MoE's feed-forward layer: softmax over all experts, then top-k, then (usually) renormalise.
+
+    Args:
+        shared_expert_size: width of an expert that serves every token, scaled by a sigmoid gate
+            (Qwen3-Next); 0 is none.
+    """
 
     def __init__(
-        self, hidden_size: int, intermediate_size: int, num_experts: int, top_k: int, *, norm_topk_prob: bool
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        norm_topk_prob: bool,
+        shared_expert_size: int = 0,
     ) -> None:
         super().__init__()
         self.top_k = top_k
         self.norm_topk_prob = norm_topk_prob
         self.gate = Router(hidden_size, num_experts)
         self.experts = Experts(num_experts, hidden_size, intermediate_size)
+        self.has_shared_expert = shared_expert_size > 0
+        if self.has_shared_expert:
+            self.shared_expert = GatedMLP(hidden_size, shared_expert_size)
+            self.shared_expert_gate = nn.Linear(hidden_size, 1, bias=False)
 
     def forward(self, x_TD: Tensor, moe_index: int, choose_experts: ChooseExperts) -> Tensor:
         probs_TE = self.gate(x_TD)
@@ -87,5 +113,7 @@ class MoE(nn.Module):
         weights_TS = probs_TE.gather(-1, experts_TS)
         if self.norm_topk_prob:
             weights_TS = weights_TS / weights_TS.sum(dim=-1, keepdim=True)
-        mixed: Tensor = self.experts(x_TD, experts_TS, weights_TS.to(x_TD.dtype))
-        return mixed
+        mixed_TD: Tensor = self.experts(x_TD, experts_TS, weights_TS.to(x_TD.dtype))
+        if self.has_shared_expert:
+            mixed_TD = mixed_TD + self.shared_expert_gate(x_TD).sigmoid() * self.shared_expert(x_TD)
+        return mixed_TD

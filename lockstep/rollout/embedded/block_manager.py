@@ -22,10 +22,16 @@ class BlockManager:
     """Hands out blocks of `block_size` token slots and shares full blocks between sequences with equal prefixes.
 
     A freed block keeps its content until it is handed out again, least recently freed first.
+
+    Args:
+        num_state_slots: for models with recurrent layers, how many sequences may hold a state. Their state after a
+            shared prefix is not kept, so such sequences share no blocks. 0 for models of attention alone.
     """
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(self, num_blocks: int, block_size: int, *, num_state_slots: int = 0) -> None:
         self.block_size = block_size
+        self.num_state_slots = num_state_slots
+        self._free_slots = list(range(num_state_slots))
         self._blocks = [_Block(i) for i in range(num_blocks)]
         self._free: deque[int] = deque(range(num_blocks))
         self._by_key: dict[tuple[int, tuple[int, ...]], int] = {}
@@ -49,8 +55,10 @@ class BlockManager:
         """
         shared = self._shared_prefix(sequence.tokens)
         from_free = self.blocks_for(len(sequence.tokens)) - sum(self._blocks[i].holders > 0 for i in shared)
-        if from_free > self.num_free:
+        if from_free > self.num_free or (self.num_state_slots and not self._free_slots):
             return False
+        if self.num_state_slots:
+            sequence.state_slot = self._free_slots.pop()
         for block_id in shared:
             self._hold(block_id)
         sequence.block_table = list(shared)
@@ -79,6 +87,9 @@ class BlockManager:
                 self._free.append(block_id)
         sequence.block_table = []
         sequence.num_computed_tokens = 0
+        if self.num_state_slots:
+            self._free_slots.append(sequence.state_slot)
+            sequence.state_slot = -1
 
     def forget_prefixes(self) -> None:
         """Empty the prefix cache (the weights changed). Blocks in use stay with their sequences, unshared."""
@@ -91,9 +102,12 @@ class BlockManager:
         """Invariants when no sequence is alive: every block is free, once."""
         assert sorted(self._free) == list(range(self.num_blocks)), "a block leaked or was freed twice"
         assert all(block.holders == 0 for block in self._blocks), "a block is held by nobody alive"
+        assert sorted(self._free_slots) == list(range(self.num_state_slots)), "a state slot leaked or was freed twice"
 
     def _shared_prefix(self, tokens: list[int]) -> list[int]:
         found: list[int] = []
+        if self.num_state_slots:
+            return found
         parent = 0
         for start in range(0, len(tokens) - self.block_size, self.block_size):
             block_id = self._by_key.get((parent, tuple(tokens[start : start + self.block_size])))

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lockstep.models import Qwen3
+from lockstep.models import LanguageModel
 from lockstep.rollout.embedded.block_manager import BlockManager
 from lockstep.rollout.embedded.runner import ModelRunner
 from lockstep.rollout.embedded.sampler import stream_key
@@ -40,7 +40,7 @@ class EmbeddedEngine:
 
     def __init__(
         self,
-        model: Qwen3,
+        model: LanguageModel,
         *,
         num_blocks: int,
         block_size: int,
@@ -49,9 +49,10 @@ class EmbeddedEngine:
         decode_text: Callable[[list[int]], str],
         seed: int,
     ) -> None:
-        self.blocks = BlockManager(num_blocks, block_size)
+        num_state_slots = max_running if model.config.num_delta_layers else 0
+        self.blocks = BlockManager(num_blocks, block_size, num_state_slots=num_state_slots)
         self.scheduler = Scheduler(self.blocks, max_running=max_running, max_prefill_tokens=max_prefill_tokens)
-        self.runner = ModelRunner(model, num_blocks=num_blocks, block_size=block_size)
+        self.runner = ModelRunner(model, num_blocks=num_blocks, block_size=block_size, max_running=max_running)
         self.seed = seed
         self.version = 0
         self._decode_text = decode_text
@@ -214,7 +215,7 @@ async def _settle() -> None:
         await asyncio.sleep(0)
 
 
-def _num_threads(model: Qwen3) -> int:
+def _num_threads(model: LanguageModel) -> int:
     """CPU threads of the engine's operations: a fixed rule, because results repeat for equal numbers only."""
     num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     return 1 if num_bytes < _ONE_THREAD_BYTES else torch.get_num_threads()

@@ -25,6 +25,8 @@ class Sequence:
     num_computed_tokens: int = 0
     """Leading tokens whose keys and values are in the cache."""
     cached_tokens: int = 0
+    state_slot: int = -1
+    """Row of the recurrent states that is the sequence's own; -1 without."""
     finish_reason: FinishReason | None = None
     generation: Generation | None = None
     future: asyncio.Future[Generation] | None = None

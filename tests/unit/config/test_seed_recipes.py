@@ -43,8 +43,8 @@ same      --lr-decay-style constant
 same      --weight-decay 0.1
 same      --adam-beta1 0.9
 same      --adam-beta2 0.98
-accepted  --optimizer-cpu-offload
-accepted  --overlap-cpu-optimizer-d2h-h2d
+same      --optimizer-cpu-offload
+same      --overlap-cpu-optimizer-d2h-h2d
 accepted  --use-precision-aware-optimizer
 same      --use-wandb
 same      --wandb-project slime-dev

@@ -38,7 +38,7 @@ def test_the_specification_is_softmax_attention_over_each_documents_past(num_hea
 @given(st.lists(st.integers(0, 12), min_size=1, max_size=7))
 def test_packed_attention_is_the_specification_for_any_lengths(lengths: list[int]) -> None:
     q, k, v = heads(sum(lengths), 4, 2, seed=len(lengths))
-    got = PackedAttention(lengths, q.device)(0, q, k, v)
+    got = PackedAttention(lengths, q.device)(q, k, v)
     torch.testing.assert_close(got, packed_attention_reference(q, k, v, lengths))
 
 
@@ -46,7 +46,7 @@ def test_gradients_of_packed_attention_are_those_of_the_specification() -> None:
     lengths = [6, 1, 5, 0, 11, 6]
     inputs = heads(sum(lengths), 4, 2)
     upstream = torch.randn_like(inputs[0])
-    got = torch.autograd.grad(PackedAttention(lengths, inputs[0].device)(0, *inputs), inputs, upstream)
+    got = torch.autograd.grad(PackedAttention(lengths, inputs[0].device)(*inputs), inputs, upstream)
     wanted = torch.autograd.grad(packed_attention_reference(*inputs, lengths), inputs, upstream)
     torch.testing.assert_close(got, wanted)
 

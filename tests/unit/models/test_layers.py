@@ -5,7 +5,7 @@ import torch
 from lockstep.models.layers.mlp import GatedMLP
 from lockstep.models.layers.moe import MoE, RecordRoutes
 from lockstep.models.layers.norm import RMSNorm
-from lockstep.models.layers.rotary import rotary_tables, rotate
+from lockstep.models.layers.rotary import Rope, rotary_tables, rotate
 
 
 def test_rms_norm_scales_rows_to_the_weight() -> None:
@@ -21,7 +21,7 @@ def test_rotation_by_position_leaves_only_the_distance_in_the_product_of_query_a
 
     def product(position_q: int, position_k: int) -> torch.Tensor:
         tables_q, tables_k = (
-            rotary_tables(torch.tensor([p]), 16, 1e4, torch.float32) for p in (position_q, position_k)
+            rotary_tables(torch.tensor([p]), Rope(1e4, 16), torch.float32) for p in (position_q, position_k)
         )
         return (rotate(q, tables_q) * rotate(k, tables_k)).sum()
 

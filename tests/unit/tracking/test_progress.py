@@ -8,7 +8,8 @@ import io
 import pytest
 from rich.console import Console
 
-from lockstep.tracking.progress import RunProgress, duration, sparkline, watched_values
+from lockstep.tracking.progress import RunProgress, sparkline, watched_values
+from lockstep.tracking.transfer import duration
 
 METRICS = {
     "rollout/raw_reward": 0.43211,

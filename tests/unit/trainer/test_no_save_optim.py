@@ -53,7 +53,7 @@ def test_the_optimizer_starts_afresh_from_the_saved_weights(dtype, tmp_path):
     step(fresh)
     assert torch.equal(weights(resumed), weights(fresh))
     moments = dict(resumed.optimizer.named_state())
-    assert {float(value) for name, value in moments.items() if name.startswith("step.")} == {1.0}
+    assert int(moments["step"]) == 1
 
 
 def test_a_reference_that_has_moved_is_saved_without_the_optimizer_too(tmp_path):

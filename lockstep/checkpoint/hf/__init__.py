@@ -1,0 +1,16 @@
+"""HF folders in and out: config.json and safetensors, streamed tensor by tensor, of which a process reads its part."""
+
+from __future__ import annotations
+
+from lockstep.checkpoint.hf.export import require_replaceable, save_hf_model
+from lockstep.checkpoint.hf.folder import OnBytes, read_hf_config
+from lockstep.checkpoint.hf.load import load_hf_model, load_hf_weights
+
+__all__ = [
+    "OnBytes",
+    "load_hf_model",
+    "load_hf_weights",
+    "read_hf_config",
+    "require_replaceable",
+    "save_hf_model",
+]

@@ -1,0 +1,102 @@
+"""In which order a step's micro-batches and layers are computed backward.
+
+Both orders recompute a layer's activations from its input when they come to it, and both give the same gradients, up to
+the order of their sums.
+
+T packed tokens, D model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from lockstep.kernels.packed import PackedDocuments
+from lockstep.models import LanguageModel
+from lockstep.models.language_model import RunLayer, run_layer
+from lockstep.models.layers.moe import ChooseExperts
+from lockstep.trainer.batch import MicroBatch
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One micro-batch on its way through the model, and how it ends: from hidden states `[T, D]` to a loss."""
+
+    batch: MicroBatch
+    documents: PackedDocuments
+    choose: ChooseExperts
+    finish: Callable[[Tensor], Tensor]
+
+
+class BackwardOrder(Protocol):
+    """Computes all passes and leaves the sum of their gradients."""
+
+    def run(self, model: LanguageModel, passes: Iterable[Pass]) -> None: ...
+
+
+class ByMicroBatch:
+    """Forward and backward of one micro-batch after the other.
+
+    Args:
+        recompute: keep only the input of every layer, not what is inside it.
+    """
+
+    def __init__(self, *, recompute: bool) -> None:
+        self._run_layer: RunLayer = partial(checkpoint, use_reentrant=False) if recompute else run_layer
+
+    def run(self, model: LanguageModel, passes: Iterable[Pass]) -> None:
+        for one in passes:
+            batch = one.batch
+            hidden_TD = model(batch.input_ids_T, batch.positions_T, one.documents, one.choose, self._run_layer)
+            one.finish(hidden_TD).backward()
+
+
+class ByLayer:
+    """Forward of all micro-batches, keeping the inputs of layers; then each layer, from the last, backward for all.
+
+    A layer's gradients are complete before the next layer's begin. So they may add up in fp32 and be rounded once, and
+    only one layer's fp32 sums exist at a time. It needs room for the layer inputs of the whole step, `2 T D` bytes per
+    layer in bf16, which is given back layer by layer while gradients appear.
+
+    Args:
+        settle: told the names of parameters whose gradients are complete.
+    """
+
+    def __init__(self, settle: Callable[[list[str]], None]) -> None:
+        self._settle = settle
+
+    def run(self, model: LanguageModel, passes: Iterable[Pass]) -> None:
+        passes = list(passes)
+        rotary = [model.rotary(one.batch.positions_T) for one in passes]
+        inputs = [self._layer_inputs(model, one, tables) for one, tables in zip(passes, rotary, strict=True)]
+        grads = []
+        for one, own in zip(passes, inputs, strict=True):
+            last_TD = own.pop().requires_grad_()
+            one.finish(model.model.norm(last_TD)).backward()
+            grads.append(last_TD.grad)
+        self._settle([f"model.norm.{name}" for name, _ in model.model.norm.named_parameters()])
+        if not model.config.tie_word_embeddings:
+            self._settle([f"lm_head.{name}" for name, _ in model.lm_head.named_parameters()])
+        for key, block in reversed(list(model.model.layers.items())):
+            for number, one in enumerate(passes):
+                x_TD = inputs[number].pop().requires_grad_()
+                block(x_TD, rotary[number], one.documents, one.choose).backward(grads[number])
+                grads[number] = x_TD.grad
+            self._settle([f"model.layers.{key}.{name}" for name, _ in block.named_parameters()])
+        for one, grad_TD in zip(passes, grads, strict=True):
+            model.model.embed_tokens(one.batch.input_ids_T).backward(grad_TD)
+        self._settle(["model.embed_tokens.weight"])
+
+    @torch.no_grad()
+    def _layer_inputs(self, model: LanguageModel, one: Pass, rotary: tuple[Tensor, Tensor]) -> list[Tensor]:
+        """What each block gets, and last what the final norm gets."""
+        inputs = [model.model.embed_tokens(one.batch.input_ids_T)]
+        for block in model.model.layers.values():
+            inputs.append(block(inputs[-1], rotary, one.documents, one.choose))
+        return inputs

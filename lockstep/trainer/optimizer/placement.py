@@ -1,0 +1,88 @@
+"""Which optimizer state there is, where it lives and how many bytes it takes; known before anything is allocated.
+
+Bytes per parameter:
+
+    weight    master                          moments fp32   bf16   8-bit
+    fp32      the weight itself                          8      4    2.06
+    bf16      weight + 2 bytes of remainder             10      6    4.06
+
+**Qwen3-30B-A3B on one GPU of 141 GB with 128 GiB of host memory** (30.53 billion parameters, bf16, 8-bit moments):
+
+    on the GPU, in GB                     when backward ends   during the update
+    weights                                             61.1                61.1
+    gradients in bf16                                   61.1   61.1, freed one by one
+    state that is not offloaded (12 %)                  14.9                14.9
+    three streaming buffers                              0.4                 0.4
+    sum                                                137.5               137.5
+
+    in host memory, in GB: 88 % of 124.0, pinned       109.1
+
+The GPU has 150 GB, so 12 GB are left at the end of backward for one layer's activations and fp32 gradients
+(2.5 GB). The host has 137 GB, so 28 GB are left for the process itself. That needs gradients that are never all fp32:
+with several micro-batches, a backward that finishes one layer at a time (`Gradients.settle`). Its layer inputs (0.54 GB
+a layer for 131 thousand tokens) are freed as fast as a layer's gradients (1.27 GB) appear, so the end is the peak.
+Offloading everything is 124 GB of 137: too close. Master and moments in fp32 would be 305 GB.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lockstep.config import OptimizerOptions
+from lockstep.kernels.adamw import state_layout
+
+SMALLEST_OFFLOADED = 2**18
+"""Numbers in a weight from which on its state may leave the device; below, a copy costs more than it saves."""
+
+Layout = dict[str, tuple[torch.Size, torch.dtype]]
+"""Shape and type of a weight's state tensors, by name."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The state tensors of every weight, and the weights whose state lives in host memory."""
+
+    layouts: dict[str, Layout]
+    on_host: frozenset[str]
+
+    @property
+    def host_bytes(self) -> int:
+        return sum(layout_bytes(layout) for name, layout in self.layouts.items() if name in self.on_host)
+
+    @property
+    def device_bytes(self) -> int:
+        return sum(layout_bytes(layout) for name, layout in self.layouts.items() if name not in self.on_host)
+
+
+def layout_bytes(layout: Layout) -> int:
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in layout.values())
+
+
+def place_state(parameters: Mapping[str, Tensor], options: OptimizerOptions) -> Placement:
+    """Decide by shapes and types alone; parameters on the meta device will do.
+
+    Weights are offloaded in the model's order until their numbers are `optimizer_offload_fraction` of all.
+    """
+    layouts = {
+        name: {
+            key: (shape, dtype)
+            for key, shape, dtype in state_layout(p.shape, p.dtype, options.exp_avg_dtype, options.exp_avg_sq_dtype)
+        }
+        for name, p in parameters.items()
+    }
+    on_host = frozenset(_first_share(parameters, options.optimizer_offload_fraction))
+    return Placement(layouts, on_host if options.optimizer_cpu_offload else frozenset())
+
+
+def _first_share(parameters: Mapping[str, Tensor], fraction: float) -> Iterable[str]:
+    wanted = fraction * sum(p.numel() for p in parameters.values())
+    chosen = 0
+    for name, parameter in parameters.items():
+        if parameter.numel() >= SMALLEST_OFFLOADED and chosen + parameter.numel() <= wanted:
+            chosen += parameter.numel()
+            yield name
