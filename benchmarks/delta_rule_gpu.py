@@ -19,14 +19,17 @@ import torch
 from torch import Tensor
 
 from lockstep.kernels.causal_conv import causal_conv, causal_conv_step
+from lockstep.kernels.delta_rule_choice import installed
 from lockstep.kernels.gated_delta_rule import (
     CHUNK,
     DeltaLayout,
+    _by_fla,
+    _Chunks,
     _GatedDeltaRule,
-    fla_use_for,
     gated_delta_rule,
     gated_delta_step,
     gated_delta_step_reference,
+    kernels_on,
 )
 
 KEYS, VALUES, DIM, DOCUMENT, TOKENS = 16, 32, 128, 4096, 16384
@@ -42,7 +45,7 @@ def main() -> None:
     result: dict[str, Any] = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
-        "fla": fla_use_for(torch.zeros(1, device="cuda", dtype=torch.bfloat16)).reason,
+        "kernels": kernels_on(0, KEYS, DIM, VALUES, DIM),
         "copy_TB_s": round(copy / 1e12, 2),
         "matmul_TFLOP_s": round(matmul / 1e12),
     }
@@ -107,11 +110,15 @@ def cases() -> list[tuple[str, str, Callable[[], object]]]:
     pool = torch.randn(DECODING, VALUES, DIM, DIM, device="cuda")
     conv_pool, slots = normal(DECODING, CHANNELS, TAPS - 1), torch.randperm(DECODING, device="cuda")
 
-    def rule(by_fla: bool | None) -> Tensor:
-        if by_fla is None:
-            return gated_delta_rule(*inputs, layout)[0]
-        out: Tensor = _GatedDeltaRule.apply(by_fla, layout, *inputs, state)[0]
+    def rule() -> Tensor:
+        return gated_delta_rule(*inputs, layout)[0]
+
+    def plain_rule() -> Tensor:
+        out: Tensor = _GatedDeltaRule.apply(_Chunks, layout, *inputs, state)[0]
         return out
+
+    def fla_rule() -> Tensor:
+        return _by_fla(layout, *inputs, state)[0]
 
     def conv_step() -> Tensor:
         return causal_conv_step(x[:DECODING], weight, conv_pool, slots)
@@ -120,10 +127,10 @@ def cases() -> list[tuple[str, str, Callable[[], object]]]:
         return torch.no_grad()(work)
 
     return [
-        ("rule, as chosen: forward", "rule", without_gradients(lambda: rule(None))),
-        ("rule, as chosen: forward + backward", "rule and gradients", lambda: rule(None).backward(upstream)),
-        ("rule, torch: forward", "rule", without_gradients(lambda: rule(False))),
-        ("rule, torch: forward + backward", "rule and gradients", lambda: rule(False).backward(upstream)),
+        ("rule: forward", "rule", without_gradients(rule)),
+        ("rule: forward + backward", "rule and gradients", lambda: rule().backward(upstream)),
+        ("rule, torch: forward", "rule", without_gradients(plain_rule)),
+        ("rule, torch: forward + backward", "rule and gradients", lambda: plain_rule().backward(upstream)),
         ("convolution: forward", "conv", without_gradients(lambda: causal_conv(x, weight, layout)[0])),
         (
             "convolution: forward + backward",
@@ -132,6 +139,7 @@ def cases() -> list[tuple[str, str, Callable[[], object]]]:
         ),
         ("step of 128 sequences", "step", lambda: gated_delta_step(*rows, *gates, pool, slots)),
         ("step of 128 sequences, torch", "step", lambda: gated_delta_step_reference(*rows, *gates, pool, slots)),
+        *([("rule, fla: forward", "rule", without_gradients(fla_rule))] if installed("fla-core") else []),
         ("convolution step of 128 sequences", "conv step", without_gradients(conv_step)),
     ]
 

@@ -18,7 +18,8 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -82,24 +83,10 @@ def environment() -> dict[str, Any]:
 
 def measure(shape: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Median GB/s of each action, and the median ratio to the copy before it."""
-    source, copied, exported = folder / "source", folder / "copied", folder / "exported"
+    source = folder / "source"
     num_bytes, num_tensors = write_folder(shape, source)
-    rounds: dict[str, list[float]] = {"copy": [], "load": [], "copy_and_flush": [], "export": []}
-    for _ in range(1 + ROUNDS):
-        rounds["copy"].append(seconds(lambda: copy(source, copied, flush=False)))
-        loaded: list[Any] = []
-        rounds["load"].append(
-            seconds(lambda: loaded.append(load_hf_model(source, dtype=torch.bfloat16, device=torch.device("cpu"))))
-        )
-        shutil.rmtree(copied)
-        os.sync()
-        rounds["copy_and_flush"].append(seconds(lambda: copy(source, copied, flush=True)))
-        shutil.rmtree(copied)
-        os.sync()
-        rounds["export"].append(seconds(lambda: save_hf_model(loaded[0], exported, source=source)))
-        shutil.rmtree(exported)
-        os.sync()
-    warm = {name: times[1:] for name, times in rounds.items()}
+    rounds = [one_round(source, folder) for _ in range(1 + ROUNDS)]
+    warm = {name: [times[name] for times in rounds[1:]] for name in rounds[0]}
     speeds = {name: num_bytes / 1e9 / statistics.median(times) for name, times in warm.items()}
     ratios = {
         f"{ours}_over_copy": statistics.median(a / b for a, b in zip(warm[theirs], warm[ours], strict=True))
@@ -113,6 +100,28 @@ def measure(shape: dict[str, Any], folder: Path) -> dict[str, Any]:
         "goal_is_met": min(ratios.values()) >= GOAL,
         "seconds": {name: [round(time_s, 3) for time_s in times] for name, times in warm.items()},
     }
+
+
+def one_round(source: Path, folder: Path) -> dict[str, float]:
+    """Seconds of each action; what it wrote is deleted before the next."""
+    times, copied, exported = {}, folder / "copied", folder / "exported"
+    with deleted_after(copied):
+        times["copy"] = seconds(lambda: copy(source, copied, flush=False))
+    started = time.perf_counter()
+    model = load_hf_model(source, dtype=torch.bfloat16, device=torch.device("cpu"))
+    times["load"] = time.perf_counter() - started
+    with deleted_after(copied):
+        times["copy_and_flush"] = seconds(lambda: copy(source, copied, flush=True))
+    with deleted_after(exported):
+        times["export"] = seconds(lambda: save_hf_model(model, exported, source=source))
+    return times
+
+
+@contextmanager
+def deleted_after(folder: Path) -> Iterator[None]:
+    yield
+    shutil.rmtree(folder)
+    os.sync()
 
 
 def write_folder(shape: dict[str, Any], folder: Path) -> tuple[int, int]:

@@ -171,10 +171,48 @@ def _convert(words: Sequence[str]) -> int:
     return run_hf_to_torch_dist(options.hf_checkpoint, options.save, lambda hf: check_model_flags(flags, hf))
 
 
+def _plan(words: Sequence[str]) -> int:
+    from lockstep.config.checks import check_training
+    from lockstep.config.parsing import OptionParser
+
+    parser = OptionParser(
+        prog="lockstep plan",
+        usage="lockstep plan [RECIPE.toml] [--option value ...] [--hardware MACHINE] [--json]",
+        description="Predict the memory of a run from its options and config.json, without weights or GPUs. Exits with "
+        "1 when it does not fit, and says what to change.",
+        epilog="Recipe and options are those of `lockstep train`.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--hardware", help="such as 1xH200-141G,128G-host or 64G-host (default: this machine)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options, rest = parser.parse_known_args(words)
+    if (config := _read_config("plan", rest, check_training)) is None:
+        return 0
+    from lockstep.plan.command import run_plan
+
+    return run_plan(config, options.hardware, as_json=options.json)
+
+
+def _doctor(words: Sequence[str]) -> int:
+    from lockstep.config.parsing import OptionParser
+
+    parser = OptionParser(
+        prog="lockstep doctor",
+        description="Say what this machine has, what is wrong, and what each missing piece costs.",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args(words)
+    from lockstep.doctor import main as doctor
+
+    return doctor(options.json)
+
+
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (_train, "train a model"),
     "eval": (_eval, "evaluate a model on held-out prompts"),
+    "plan": (_plan, "predict the memory of a run"),
     "convert": (_convert, "between HF folders and Megatron checkpoints"),
     "report": (_report, "write the HTML page of a run"),
     "bench": (_bench, "measure speed on this machine"),
+    "doctor": (_doctor, "what this machine has, and what is missing"),
 }

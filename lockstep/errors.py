@@ -8,6 +8,7 @@
     ├── OutputError       a file of the run (metrics, samples, report) cannot be written
     ├── RolloutError      sampling cannot go on (engine, custom generate, empty batch)
     ├── RewardError       a reward failed under the policy "stop"
+    ├── RankError         a process of the run died, failed or fell silent
     └── ParityError       sampler and trainer disagree beyond the user's limit
 
 They also are the nearest built-in exception, stay picklable (they cross process borders), and the command line prints
@@ -90,6 +91,10 @@ class RolloutError(LockstepError, RuntimeError):
 
 class RewardError(LockstepError, RuntimeError):
     """A reward that failed while the user's policy is to stop."""
+
+
+class RankError(LockstepError, RuntimeError):
+    """A process of the run that died, failed or gave no sign of life. The run cannot go on without it."""
 
 
 class ParityError(LockstepError, RuntimeError):

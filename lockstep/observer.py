@@ -93,7 +93,8 @@ class Observer:
                 return {}
         metrics = declared.rollout_metrics(groups, run.args) | {"rollout/step": float(rollout_id)}
         if rollout_time:
-            metrics |= declared.rollout_perf_metrics(groups, rollout_time, 1)
+            num_gpus = run.config.cluster.actor_num_gpus_per_node
+            metrics |= declared.rollout_perf_metrics(groups, rollout_time, num_gpus)
         if run.context is not None:
             counts = run.context.rewards.take_counts()
             metrics |= {f"rollout/reward_{outcome}": float(counts[outcome]) for outcome in FAILURES}

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lockstep.algorithms import AdvantageEstimator
-from lockstep.checkpoint.hf import OnBytes, read_hf_config, save_hf_model
+from lockstep.checkpoint.hf import OnBytes, read_hf_config
 from lockstep.checkpoint.training import (
     checkpoint_folder,
     delete_old_checkpoints,
@@ -63,7 +63,8 @@ class Run:
     num_rollout: int
     next_rollout_id: int = 0
     kv_tokens: int | None = None
-    """Tokens of the embedded engine's cache. It decides who is preempted, so a resumed run keeps the number."""
+    """Tokens of each embedded engine's cache. It decides who is preempted, so a run that is resumed on as many ranks
+    keeps the number."""
     checkpoint: Path | None = None
     """Where it was resumed from."""
     unlogged: dict[str, float] | None = None
@@ -79,6 +80,7 @@ class Run:
             "data_source": self.data_source.state_dict(),
             "random": random_states(),
             "kv_tokens": self.kv_tokens,
+            "num_ranks": self.config.cluster.actor_num_gpus_per_node,
             "unlogged": self.unlogged,
         }
 
@@ -116,9 +118,8 @@ def save_run(run: Run, state: dict[str, Any], on_exported: OnBytes | None = None
 
 def _export(run: Run, rollout_id: int, on_bytes: OnBytes | None) -> None:
     if (template := run.config.checkpoint.save_hf) is not None:
-        with run.trainer.rollout_weights() as model:
-            target = Path(template.format(rollout_id=rollout_id))
-            save_hf_model(model, target, source=Path(run.config.model.hf_checkpoint), on_bytes=on_bytes)
+        target = Path(template.format(rollout_id=rollout_id))
+        run.trainer.export(target, source=Path(run.config.model.hf_checkpoint), on_bytes=on_bytes)
 
 
 def _delete_old_checkpoints(run: Run) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from lockstep.errors import CheckpointError
+from lockstep.errors import CheckpointError, LockstepError
 
 TEMPORARY_SUFFIX = ".incomplete"
 _REPLACED_SUFFIX = ".replaced"
@@ -45,7 +45,7 @@ def atomic_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
         temporary.rename(path)
         _flush(path.parent)
         shutil.rmtree(replaced, ignore_errors=True)
-    except CheckpointError:
+    except LockstepError:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     except (OSError, RuntimeError, SafetensorError) as error:  # the last two are torch's and safetensors' full disk

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
@@ -28,7 +29,11 @@ def save_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         try:
-            save(tensors, storage_writer=FileSystemWriter(str(folder), sync_files=True), no_dist=True)
+            save(
+                tensors,
+                storage_writer=FileSystemWriter(str(folder), sync_files=True),
+                no_dist=not dist.is_initialized(),
+            )
         except CheckpointException as error:
             raise _first_cause(error) from error
 
@@ -42,7 +47,7 @@ def load_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
     try:
         with warnings.catch_warnings(), _without_tracebacks():
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-            load(tensors, storage_reader=FileSystemReader(str(folder)), no_dist=True)
+            load(tensors, storage_reader=FileSystemReader(str(folder)), no_dist=not dist.is_initialized())
     except (
         CheckpointException,
         RuntimeError,
@@ -58,6 +63,14 @@ def load_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
             f"its tensors do not fit this model, or a file is damaged: {_first_line(_first_cause(error))}.",
             f"Resume with the model that wrote it. Or: {how_to_go_on_without(folder)}",
         ) from error
+
+
+def tensor_names(folder: Path) -> set[str]:
+    """What `save_tensors` has written there; nothing where it cannot be read."""
+    try:
+        return set(FileSystemReader(str(folder)).read_metadata().state_dict_metadata)
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError):
+        return set()
 
 
 @contextmanager

@@ -107,11 +107,12 @@ def _never(
     return [SlimeFlag(flag, Status.NEVER, why, use, words, works=neutral) for flag in flags]
 
 
-_ONE_PROCESS = "the trainer runs in one process so far; training over several GPUs is not there yet."
-_USE_ONE = "Use 1 (or leave it out), with a model and max_tokens_per_gpu that fit one device."
+_ONE_MACHINE = "training over several machines is not there yet."
+_USE_ONE_MACHINE = "Use 1 (or leave it out): --actor-num-gpus-per-node counts the GPUs of this machine."
 _NO_SERVERS = "SGLang servers are not there yet; the embedded engine samples."
 _USE_EMBEDDED = "Leave it out: the embedded engine samples on the trainer's own parameters."
 _NOTHING_SENT = "the embedded engine samples on the trainer's own parameters, so no weights are sent."
+_ALL_TO_ALL = "rows travel to experts on other ranks by all-to-all, whatever this says; results do not depend on it."
 _SPEED_ONLY = "it chooses a kernel or a schedule and changes speed only."
 _CHECKED = "never needed; checked against the HF config, and a disagreement stops."
 _PPO = "there is no critic yet."
@@ -120,15 +121,16 @@ _OWN_MODEL = "the loss and the model are not Megatron's, so Megatron's hooks hav
 
 SECTIONS: dict[str, list[SlimeFlag]] = {
     "Cluster": [
-        *_later("--actor-num-nodes", why=_ONE_PROCESS, use=_USE_ONE, works=1),
-        *_later("--actor-num-gpus-per-node", why=_ONE_PROCESS, use=_USE_ONE, works=1),
+        *_later("--actor-num-nodes", why=_ONE_MACHINE, use=_USE_ONE_MACHINE, works=1),
+        *_same("--actor-num-gpus-per-node",
+               note="Defaults to 1 (slime: 8). Each GPU has a process; with `--device cpu` there are only processes."),
         *_later(
             "--rollout-num-gpus",
             why="separate rollout GPUs are not there yet.",
             use="Leave it out: rollout and training share their device.",
         ),
         *_accepted("--rollout-num-gpus-per-engine", why="it places SGLang's servers; the embedded engine has none."),
-        *_accepted("--num-gpus-per-node", why="one process uses one device."),
+        *_accepted("--num-gpus-per-node", why="`--actor-num-gpus-per-node` says how many are used."),
         SlimeFlag(
             "--colocate",
             Status.ACCEPTED,
@@ -142,8 +144,9 @@ SECTIONS: dict[str, list[SlimeFlag]] = {
             words="none",
             why="there is one copy of the weights, so nothing is swapped between rollout and training.",
         ),
-        *_accepted("--distributed-backend", "--distributed-timeout-minutes", why="one process has no one to talk to."),
-        *_never("--train-env-vars", why="there is one process, and it has the shell's environment.",
+        *_accepted("--distributed-backend", why="it is NCCL between GPUs and gloo between CPU processes."),
+        *_same("--distributed-timeout-minutes", note="Defaults to 30 (slime: 10)."),
+        *_never("--train-env-vars", why="all processes of a run have the shell's environment.",
                 use="Set the variables in front of the command.", works="{}"),
         *_only(
             "--train-backend", value="megatron",
@@ -196,7 +199,7 @@ SECTIONS: dict[str, list[SlimeFlag]] = {
         *_same("--rollout-data-postprocess-path",
                note="`rollout_data` is a `lockstep.training_data.TrainingData` of objects, not a dict of lists."),
         *_later("--rollout-external-engine-addrs", words="many", why=_NO_SERVERS, use=_USE_EMBEDDED),
-        *_accepted("--rollout-data-transport", why="samples never leave the process."),
+        *_accepted("--rollout-data-transport", why="samples never leave the machine."),
         *_later("--buffer-sort-by-staleness", words="none", why="the buffer keeps its order.",
                 use="Sort in a --buffer-filter-path function."),
         *_only("--flush-cache-interval", value=1, why="the cache is dropped at every change of the weights.",
@@ -219,7 +222,7 @@ SECTIONS: dict[str, list[SlimeFlag]] = {
         *_same("--micro-batch-size", "--use-dynamic-batch-size", "--max-tokens-per-gpu"),
         *_same("--log-probs-max-tokens-per-gpu", "--log-probs-chunk-size"),
         *_accepted("--balance-data", "--balance-by-flops", words="none",
-                   why="there is one rank, so nothing is uneven; results would not change either."),
+                   why="micro-batches are always dealt to ranks by size; results do not depend on it."),
     ],
     "Algorithm": [
         *_same(
@@ -309,16 +312,18 @@ SECTIONS: dict[str, list[SlimeFlag]] = {
         *_later("--sglang-config", "--sglang-router-ip", "--sglang-router-port", why=_NO_SERVERS, use=_USE_EMBEDDED),
         *_accepted("--sglang-server-concurrency", why="the engine admits by `--rollout-max-running-requests`."),
         *_later("--prefill-num-servers", why=_NO_SERVERS, use=_USE_EMBEDDED),
-        *_accepted("--use-distributed-post", words="none", why="samples never leave the process."),
+        *_accepted("--use-distributed-post", words="none", why="samples never leave the machine."),
         *_accepted("--http-proxy", why="the engine is in this process; rewards obey HTTP_PROXY of the environment."),
     ],
     "Megatron": [
-        *_later("--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--context-parallel-size",
-                "--expert-model-parallel-size", "--expert-tensor-parallel-size",
-                works=1, why=_ONE_PROCESS, use=_USE_ONE),
-        *_later("--decoder-last-pipeline-num-layers", "--decoder-first-pipeline-num-layers",
-                why=_ONE_PROCESS, use="Leave it out."),
-        *_accepted("--sequence-parallel", words="none", why="with one tensor-parallel rank it means nothing."),
+        *_same("--tensor-model-parallel-size", "--context-parallel-size", "--expert-model-parallel-size",
+               note="docs/parallelism.md explains it."),
+        *_same("--pipeline-model-parallel-size", note="Above 1 there is no sampling: see docs/parallelism.md."),
+        *_same("--decoder-first-pipeline-num-layers", "--decoder-last-pipeline-num-layers"),
+        *_only("--expert-tensor-parallel-size", value=1, why="experts are divided over ranks whole.",
+               remedy="Use 1, and --expert-model-parallel-size to divide the experts."),
+        *_accepted("--sequence-parallel", words="none",
+                   why="it is always on where --tensor-model-parallel-size is above 1, and means nothing elsewhere."),
         *_accepted("--recompute-granularity", why="full recomputes every layer, selective none, with equal results."),
         *_accepted("--recompute-method", "--recompute-num-layers", why="every layer is recomputed on its own."),
         *_same("--optimizer", refused={"sgd": "only adam is there."}, remedy="Use adam."),
@@ -344,17 +349,19 @@ SECTIONS: dict[str, list[SlimeFlag]] = {
         *_only("--main-params-dtype", value="fp32",
                why="masters keep all 32 bits; where weights are bf16, only the 16 that these lack are stored.",
                remedy="Use fp32: with bf16 weights it takes no more memory than fp16 would."),
-        *_accepted("--use-distributed-optimizer", words="none", why="there is one rank, which holds all state."),
+        *_accepted("--use-distributed-optimizer", words="none",
+                   why="the optimizer's state is always divided over all ranks."),
         *_only("--attention-dropout", "--hidden-dropout", value=0, why="there is no dropout.",
                remedy="Use 0: dropout would make the trainer's log-probs differ from the sampler's."),
         *_accepted("--accumulate-allreduce-grads-in-fp32", words="none",
-                   why="gradients are accumulated in fp32, unless `--main-grads-dtype bf16` says otherwise."),
-        *_never("--grad-reduce-in-bf16", words="none", why="gradients are accumulated in fp32.",
-                use="Leave it out; to save memory use --use-precision-aware-optimizer --main-grads-dtype bf16."),
+                   why="gradients add up in fp32, unless `--grad-reduce-in-bf16` (over ranks) or "
+                   "`--main-grads-dtype bf16` (over micro-batches) says otherwise."),
+        *_same("--grad-reduce-in-bf16", note="Over ranks only; micro-batches add up in `--main-grads-dtype`."),
         *_accepted("--attention-softmax-in-fp32", words="none", why="the softmax runs in fp32."),
-        *_accepted("--attention-backend", "--transformer-impl", "--moe-token-dispatcher-type", "--qwen-gdn-backend",
-                   why=_SPEED_ONLY),
-        *_accepted("--moe-enable-deepep", "--moe-grouped-gemm", "--moe-permute-fusion", "--use-flash-attn",
+        *_accepted("--attention-backend", "--transformer-impl", "--qwen-gdn-backend", why=_SPEED_ONLY),
+        *_accepted("--moe-token-dispatcher-type", why=_ALL_TO_ALL),
+        *_accepted("--moe-enable-deepep", words="none", why=_ALL_TO_ALL),
+        *_accepted("--moe-grouped-gemm", "--moe-permute-fusion", "--use-flash-attn",
                    "--moe-shared-expert-overlap", "--overlap-grad-reduce", "--overlap-param-gather",
                    "--no-gradient-accumulation-fusion", "--no-rope-fusion", "--no-masked-softmax-fusion",
                    "--no-bias-swiglu-fusion", "--cross-entropy-loss-fusion", "--use-mcore-models",

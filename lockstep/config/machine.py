@@ -16,11 +16,15 @@ class ClusterOptions(OptionGroup):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model runs; auto takes the GPU when there is one."""
     num_threads: Count | None = None
-    """CPU threads of PyTorch's operations. Default: PyTorch's choice. Results on CPU repeat for the same number."""
+    """CPU threads of PyTorch's operations in each process. Default: PyTorch's choice, divided by the processes. Results
+    on CPU repeat for the same number."""
     actor_num_nodes: Count = 1
     """Machines that train."""
     actor_num_gpus_per_node: Count = 1
-    """GPUs that train on each machine. slime's default is 8."""
+    """GPUs that train on each machine, each with a process of its own; without GPUs as many processes. slime's default
+    is 8."""
+    distributed_timeout_minutes: Count = 30
+    """Minutes that processes wait for each other, and for a sign of life, before the run ends. slime's default: 10."""
     rollout_num_gpus: Index | None = None
     """GPUs of separate rollout engines. Default: rollout and training share theirs."""
     colocate: bool = True
@@ -33,15 +37,21 @@ class ParallelOptions(OptionGroup):
     tensor_model_parallel_size: Count = 1
     """Ranks that share each layer's matrices."""
     pipeline_model_parallel_size: Count = 1
-    """Ranks that share the layers."""
+    """Ranks that share the layers. The embedded engine samples where it is 1."""
+    decoder_first_pipeline_num_layers: Count | None = None
+    """Layers of the first pipeline stage. Default: as many as the others."""
+    decoder_last_pipeline_num_layers: Count | None = None
+    """Layers of the last pipeline stage. Default: as many as the others."""
     context_parallel_size: Count = 1
     """Ranks that share each sequence."""
     expert_model_parallel_size: Count = 1
     """Ranks that share the experts."""
     expert_tensor_parallel_size: Count = 1
-    """Ranks that share each expert's matrices."""
+    """Ranks that share each expert's matrices: 1, as experts are divided over ranks whole."""
     sequence_parallel: bool = False
     """Divide activations over the tensor-parallel ranks; always on where those are more than one."""
+    grad_reduce_in_bf16: bool = False
+    """Sum gradients over ranks in bf16, not in fp32: half the traffic, and a rounding for every rank."""
 
 
 class SglangOptions(OptionGroup):

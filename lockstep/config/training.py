@@ -146,7 +146,7 @@ class OptimizerOptions(OptionGroup):
     optimizer_cpu_offload: bool = False
     """Keep the optimizer's state in pinned host memory and stream it through the GPU's update. CPU: no difference."""
     optimizer_offload_fraction: Annotated[float, Field(ge=0, le=1)] = 1.0
-    """Share of the parameters whose state optimizer_cpu_offload moves, in the model's order."""
+    """Share of the parameters whose state optimizer_cpu_offload moves, from the model's end."""
     overlap_cpu_optimizer_d2h_h2d: bool = False
     """Copy state in, update and copy it out at the same time, for two more buffers on the GPU."""
     seed: int = 1234

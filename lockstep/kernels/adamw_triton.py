@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lockstep.kernels.adamw import BLOCK, SMALLEST_SCALE, AdamWStep, State, as_int32, num_blocks
 
-_BLOCKS_PER_PROGRAM = 16
+_BLOCKS_PER_PROGRAM = 4
 _NUM_WARPS = 4
 _FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 2}
 
@@ -62,7 +62,7 @@ def adamw_fused(weight_RD: Tensor, grad_RD: Tensor, state: State, step: AdamWSte
     )
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["num_blocks", "width", "blocks_per_row", "seed", "first_element"])  # type: ignore[untyped-decorator]
 def _adamw_kernel(  # type: ignore[no-untyped-def]
     weight, remainder, grad, exp_avg, exp_avg_scale, exp_avg_sq, exp_avg_sq_scale,
     num_blocks, width, blocks_per_row,

@@ -6,12 +6,16 @@ T packed query tokens, N query heads, K key/value heads, H head dim, B sequences
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import cast
+from typing import Any, cast
 
 import torch
+import torch.utils.deterministic
 from torch import Tensor
+from torch.autograd.graph import Node
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+_deterministic: Any = torch.utils.deterministic
 
 _PADDING_ALLOWED = 1.25
 """Documents whose lengths differ by less than this factor share one padded call on CPU."""
@@ -88,14 +92,33 @@ def varlen_attention(
 ) -> Tensor:
     """Flash attention over ragged documents; a document's queries are the last of its keys.
 
-    torch 2.11 and 2.13 spell grouped queries differently.
+    torch 2.11 and 2.13 spell grouped queries differently. Not cuDNN's attention, which is faster on long documents of
+    one length: its backward does not repeat bit for bit.
     """
     from torch.nn.attention.varlen import varlen_attn
 
     arguments = (q, k, v, cu_queries, cu_keys, max_queries, max_keys)
-    if "enable_gqa" in varlen_attn.__annotations__:
-        return cast(Tensor, varlen_attn(*arguments, window_size=(-1, 0), enable_gqa=True))
-    return cast(Tensor, varlen_attn(*arguments, window_size=(-1, 0)))
+    grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in varlen_attn.__annotations__ else {}
+    out = cast(Tensor, varlen_attn(*arguments, window_size=(-1, 0), **grouped))
+    if out.grad_fn is not None:
+        _repeat_bit_for_bit(out.grad_fn)
+    return out
+
+
+def _repeat_bit_for_bit(node: Node) -> None:
+    """Let the backward of one operation add up in a fixed order: flash attention's asks only torch's global switch."""
+    before = torch.are_deterministic_algorithms_enabled(), _deterministic.fill_uninitialized_memory
+
+    def switch_on(gradients: object) -> None:
+        torch.use_deterministic_algorithms(True)
+        _deterministic.fill_uninitialized_memory = False
+
+    def switch_back(gradients_in: object, gradients_out: object) -> None:
+        torch.use_deterministic_algorithms(before[0])
+        _deterministic.fill_uninitialized_memory = before[1]
+
+    node.register_prehook(switch_on)
+    node.register_hook(switch_back)
 
 
 def paged_attention(q_BQNH: Tensor, kv_cache: Tensor, block_tables: Tensor, bias_BQL: Tensor) -> Tensor:

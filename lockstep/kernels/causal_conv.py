@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lockstep.kernels.fla import installed
+from lockstep.kernels.delta_rule_choice import installed
 from lockstep.kernels.gated_delta_rule import DeltaLayout
 
 

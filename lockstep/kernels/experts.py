@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lockstep.kernels.slots import Slots, collect, spread
+from lockstep.kernels.swiglu import weighted_swiglu
+
 
 def experts_reference(
     x_TD: Tensor, experts_TS: Tensor, weights_TS: Tensor, gate_up_EJD: Tensor, down_EDI: Tensor
@@ -28,15 +31,11 @@ def grouped_experts(
 ) -> Tensor:
     """The same sum through two grouped matrix products.
 
-    Slots are summed in the router's order after un-sorting, not scattered with atomics, so the result repeats bit for
-    bit. Needs rows of a multiple of 16 bytes (`grouped_mm`).
+    A slot's weight scales what enters the second product, so the backward pass needs nothing that comes out of it.
+    Slots are summed in the router's order, not scattered with atomics, so the result repeats bit for bit. Needs rows
+    of a multiple of 16 bytes (`grouped_mm`).
     """
-    num_experts, slots = gate_up_EJD.shape[0], experts_TS.shape[1]
-    flat_R = experts_TS.flatten()
-    order_R = flat_R.argsort(stable=True)
-    ends_E = torch.bincount(flat_R, minlength=num_experts).cumsum(0, dtype=torch.int32)
-    rows_RD = x_TD[order_R // slots]
-    gate, up = F.grouped_mm(rows_RD, gate_up_EJD.transpose(1, 2), offs=ends_E).chunk(2, dim=-1)
-    out_RD = F.grouped_mm(F.silu(gate) * up, down_EDI.transpose(1, 2), offs=ends_E)
-    unsorted_TSD = torch.empty_like(out_RD).index_copy(0, order_R, out_RD).unflatten(0, (-1, slots))
-    return torch.bmm(weights_TS[:, None], unsorted_TSD).squeeze(1)
+    slots = Slots.of(experts_TS, len(gate_up_EJD))
+    gate_up_RJ = F.grouped_mm(spread(x_TD, slots), gate_up_EJD.transpose(1, 2), offs=slots.ends_E)
+    out_RD = F.grouped_mm(weighted_swiglu(gate_up_RJ, weights_TS, slots), down_EDI.transpose(1, 2), offs=slots.ends_E)
+    return collect(out_RD, slots)

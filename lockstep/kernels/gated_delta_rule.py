@@ -15,13 +15,14 @@ from __future__ import annotations
 import warnings
 from functools import cache
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from math import isnan
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lockstep.kernels.fla import fla_fault, installed
+from lockstep.kernels.delta_rule_choice import RIGHT_TO, Kernels, choose_kernels, fla_fault, installed
 
 if TYPE_CHECKING:
     from lockstep.kernels.gated_delta_rule_triton import TritonChunks
@@ -186,48 +187,44 @@ def gated_delta_rule(
     return result
 
 
-Kernels = Literal["triton", "fla", "torch"]
-
-
 def _kernels_for(k_TKH: Tensor, v_TVJ: Tensor) -> Kernels:
-    """Triton and fla multiply in 16 bits, so fp32 inputs stay with torch."""
+    """Triton's and fla's kernels multiply in 16 bits, so fp32 inputs stay with torch."""
     if not v_TVJ.is_cuda or v_TVJ.dtype not in (torch.bfloat16, torch.float16):
         return "torch"
-    return kernels_on(v_TVJ.device.index, k_TKH.shape[2], v_TVJ.shape[2])
+    return kernels_on(v_TVJ.device.index, *k_TKH.shape[1:], *v_TVJ.shape[1:])
 
 
 @cache
-def kernels_on(device_index: int, key_dim: int, value_dim: int) -> Kernels:
-    """The fastest kernels that are right on this GPU, for 16-bit inputs of these head dims.
+def kernels_on(device_index: int, num_keys: int, key_dim: int, num_values: int, value_dim: int) -> Kernels:
+    """The kernels for 16-bit inputs of these heads on this GPU; ours are tried once, on a small pack."""
+    fault = fla_fault(
+        installed("fla-core"), installed("triton"), torch.cuda.get_device_capability(device_index), key_dim
+    )
+    return choose_kernels(error_of_triton(device_index, num_keys, key_dim, num_values, value_dim), fault)
 
-    Ours are compared with the torch version once, because Triton has been wrong on new GPUs before.
+
+def error_of_triton(device_index: int, num_keys: int, key_dim: int, num_values: int, value_dim: int) -> float | None:
+    """The largest relative error in bf16 of our Triton kernels, over outputs, states and gradients.
+
+    Triton has been wrong on new GPUs before, so the plain version on the same GPU is asked. None: they cannot run here.
     """
-    capability = torch.cuda.get_device_capability(device_index)
     sizes_fit = all(dim in (16, 32, 64, 128) for dim in (key_dim, value_dim))
-    if installed("triton") and capability >= (8, 0) and sizes_fit:
-        error = _error_of_triton(torch.device("cuda", device_index), key_dim, value_dim)
-        if error < 0.02:
-            return "triton"
-        warnings.warn(f"our Triton kernels of the delta rule are off by {error:.0%} here and not used", stacklevel=2)
-    if fla_fault(installed("fla-core"), installed("triton"), capability) is None and key_dim <= 256:
-        return "fla"
-    return "torch"
-
-
-def _error_of_triton(device: torch.device, key_dim: int, value_dim: int) -> float:
-    """The largest relative error of outputs, states and gradients in bf16; infinite when they do not compile."""
+    if not sizes_fit or installed("triton") is None or torch.cuda.get_device_capability(device_index) < (8, 0):
+        return None
     from lockstep.kernels.gated_delta_rule_triton import TritonChunks
 
+    device = torch.device("cuda", device_index)
     lengths, draw = [200, 0, 70], torch.Generator().manual_seed(0)
     total = sum(lengths)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=draw).to(device, torch.bfloat16)
 
-    rows = (normal(total, 1, key_dim), normal(total, 1, key_dim), normal(total, 2, value_dim))
-    gates = (-torch.rand(total, 2, generator=draw).to(device), torch.rand(total, 2, generator=draw).to(device))
-    state, layout = normal(len(lengths), 2, key_dim, value_dim).float(), DeltaLayout(lengths, device)
-    upstream = (normal(total, 2, value_dim), torch.ones_like(state))
+    rows = (normal(total, num_keys, key_dim), normal(total, num_keys, key_dim), normal(total, num_values, value_dim))
+    gates = [torch.rand(total, num_values, generator=draw).to(device) for _ in range(2)]
+    gates[0].neg_()
+    state, layout = normal(len(lengths), num_values, key_dim, value_dim).float(), DeltaLayout(lengths, device)
+    upstream = (normal(total, num_values, value_dim), torch.ones_like(state))
 
     def run(chunks: _Chunks | TritonChunks) -> list[Tensor]:
         final = chunks.pass_states(state)
@@ -238,10 +235,13 @@ def _error_of_triton(device: torch.device, key_dim: int, value_dim: int) -> floa
         try:
             got = run(TritonChunks(layout, *rows, *gates))
         except Exception as error:  # Triton's compiler has no error of its own
-            warnings.warn(f"our Triton kernels of the delta rule do not compile here: {error}", stacklevel=2)
-            return float("inf")
+            warnings.warn(f"our Triton kernels of the delta rule do not run here: {error}", stacklevel=2)
+            return None
         errors = [float((x - want).norm() / want.norm()) for x, want in zip(got, wanted, strict=True)]
-    return max(error if error == error else float("inf") for error in errors)
+    largest = max(float("inf") if isnan(error) else error for error in errors)
+    if largest >= RIGHT_TO:
+        warnings.warn(f"our Triton kernels of the delta rule are off by {largest:.0%} here and not used", stacklevel=2)
+    return largest
 
 
 def _by_fla(
@@ -278,13 +278,14 @@ class _GatedDeltaRule(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor, d_final: Tensor) -> tuple[Any, ...]:
-        *rows, state = ctx.saved_tensors
+        inputs = ctx.saved_tensors  # read once: under activation checkpointing reading recomputes
+        *rows, state = inputs
         chunks = ctx.chunks
         if chunks is None:
             chunks = ctx.chunked(ctx.layout, *rows)
             chunks.pass_states(state)
         gradients = chunks.gradients(d_out, d_final)
-        return None, None, *(g.to(x.dtype) for g, x in zip(gradients, ctx.saved_tensors, strict=True))
+        return None, None, *(g.to(x.dtype) for g, x in zip(gradients, inputs, strict=True))
 
 
 class _Chunks:

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 _COLUMNS = 64
 """Value dims of one program that passes states; the state's columns do not depend on each other."""
 
+_WARPS = {"solve": 4, "pass": 4, "outputs": 4, "back": 8, "gradients": 8}
+"""Warps of each kernel: the fastest of 4, 8 and (gradients) 16 on an H200."""
+
 
 class TritonChunks:
     """One pass over a pack. `inputs` are q, k, v, log-decay and beta, as in `gated_delta_rule`."""
@@ -40,7 +43,7 @@ class TritonChunks:
         self.starts_N, self.sizes_N = layout.chunk_tables[:2]
         _solve[self.grid](
             self.k, self.v, self.log_decay, self.beta, self.starts_N, self.sizes_N, self.values, self.keys,
-            self.inverse, **self.sizes, num_warps=4,
+            self.inverse, **self.sizes, num_warps=_WARPS["solve"],
         )  # fmt: skip
 
     def _chunked(self, width: int) -> Tensor:
@@ -61,7 +64,7 @@ class TritonChunks:
         self.fresh = self._chunked(self.sizes["J"])
         _pass_states[self._state_grid()](
             self.k, self.log_decay, self.values, self.keys, state, *layout.document_tables, self.states, self.fresh,
-            final, **self._columns(), num_warps=4, num_stages=2,
+            final, **self._columns(), num_warps=_WARPS["pass"], num_stages=2,
         )  # fmt: skip
         return final
 
@@ -69,7 +72,7 @@ class TritonChunks:
         out = torch.empty_like(self.v)
         _outputs[self.grid](
             self.q, self.k, self.log_decay, self.states, self.fresh, self.starts_N,
-            self.sizes_N, out, self.scale, **self.sizes, num_warps=4,
+            self.sizes_N, out, self.scale, **self.sizes, num_warps=_WARPS["outputs"],
         )  # fmt: skip
         return out
 
@@ -81,7 +84,7 @@ class TritonChunks:
         d_states, d_fresh = torch.empty_like(self.states), torch.empty_like(self.fresh)
         _pass_states_back[self._state_grid()](
             self.q, self.k, self.log_decay, self.keys, d_out, d_final, *layout.document_tables, d_states, d_fresh,
-            d_state, self.scale, **self._columns(), num_warps=4, num_stages=2,
+            d_state, self.scale, **self._columns(), num_warps=_WARPS["back"], num_stages=2,
         )  # fmt: skip
         num_tokens = len(self.v)
         d_q, d_k = (self.v.new_empty(num_tokens, self.num_values, self.sizes["H"]) for _ in range(2))
@@ -89,7 +92,7 @@ class TritonChunks:
         _gradients[self.grid](
             self.q, self.k, self.v, self.log_decay, self.beta, self.values, self.keys, self.inverse, self.states,
             self.fresh, d_out, d_states, d_fresh, self.starts_N, self.sizes_N, d_q, d_k, d_v,
-            d_log_decay, d_beta, self.scale, **self.sizes, num_warps=8,
+            d_log_decay, d_beta, self.scale, **self.sizes, num_warps=_WARPS["gradients"],
         )  # fmt: skip
         per_key = (num_tokens, self.num_keys, -1, self.sizes["H"])
         return d_q.view(per_key).sum(2), d_k.view(per_key).sum(2), d_v, d_log_decay, d_beta, d_state
@@ -102,7 +105,7 @@ def _tile(pointer, rows, row_stride, real, WIDTH: tl.constexpr):  # type: ignore
     return tl.load(cells, mask=real[:, None], other=0.0)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _inverse_norm(x):  # type: ignore[no-untyped-def]
     x = x.to(tl.float32)
     return 1.0 / tl.sqrt(tl.sum(x * x, 1) + 1e-6)
@@ -285,57 +288,59 @@ def _gradients(  # type: ignore[no-untyped-def]
     pair = _pair(decay, C)
     from_start, to_end = tl.exp(decay), tl.exp(total - decay)
 
-    d_out = _tile(d_out_ptr + value_head * J, rows, VALUES * J, real, J)
-    fresh = _tile(fresh_ptr, here * C + places, J, everywhere, J)
-    d_fresh = _tile(d_fresh_ptr, here * C + places, J, everywhere, J)
-    state = _tile(states_ptr, here * H + h, J, h < H, J)
-    d_state = _tile(d_states_ptr, here * H + h, J, h < H, J)
-    d_carried = tl.sum(tl.sum(state.to(tl.float32) * d_state.to(tl.float32), 1), 0) * tl.exp(total)
-    d_reads = tl.dot(d_out, tl.trans(state))
-    d_writes = tl.dot(fresh, tl.trans(d_state))
-    d_keys = -tl.dot(d_fresh, tl.trans(state))
-    d_attention = tl.dot(d_out, tl.trans(fresh))
-
-    inverse = tl.trans(_tile(inverse_ptr, here * C + places, C, everywhere, C))
-    d_values = tl.dot(inverse, d_fresh)
-    d_keys = tl.dot(inverse, d_keys.to(d_out.dtype))
-    values = _tile(values_ptr, here * C + places, J, everywhere, J)
-    keys = _tile(keys_ptr, here * C + places, H, everywhere, H)
-    d_system = -tl.dot(d_values.to(d_out.dtype), tl.trans(values))
-    d_system -= tl.dot(d_keys.to(d_out.dtype), tl.trans(keys))
-    d_system = tl.where(places[:, None] > places[None, :], d_system, 0.0)
-    v = _tile(v_ptr + value_head * J, rows, VALUES * J, real, J)
-    _put(d_v_ptr + value_head * J, rows, VALUES * J, real, d_values * beta[:, None], J)
-    d_beta = tl.sum(d_values * v, 1)
-
     k = _tile(k_ptr + key_head * H, rows, KEYS * H, real, H)
     k_norm = _inverse_norm(k)
-    k = k * k_norm[:, None]
-    k16 = k.to(d_out.dtype)
+    k16 = (k * k_norm[:, None]).to(k.dtype)
+    state = tl.trans(_tile(states_ptr, here * H + h, J, h < H, J))
+
+    # What the chunk's system takes: `_solve` backwards.
+    inverse = tl.trans(_tile(inverse_ptr, here * C + places, C, everywhere, C))
+    d_fresh = _tile(d_fresh_ptr, here * C + places, J, everywhere, J)
+    d_keys = tl.dot(inverse, (-tl.dot(d_fresh, state)).to(k16.dtype))
+    keys = _tile(keys_ptr, here * C + places, H, everywhere, H)
+    d_system = tl.dot(d_keys.to(k16.dtype), tl.trans(keys))
+    from_keys = tl.sum(d_keys * k16, 1) * from_start
+    d_k = d_keys * (from_start * beta)[:, None]
+    d_values = tl.dot(inverse, d_fresh)
+    values = _tile(values_ptr, here * C + places, J, everywhere, J)
+    d_system += tl.dot(d_values.to(k16.dtype), tl.trans(values))
+    v = _tile(v_ptr + value_head * J, rows, VALUES * J, real, J)
+    d_beta = tl.sum(d_values * v, 1) + from_keys
+    _put(d_v_ptr + value_head * J, rows, VALUES * J, real, d_values * beta[:, None], J)
+    d_system = tl.where(places[:, None] > places[None, :], -d_system, 0.0) * pair
+    overlap = tl.dot(k16, tl.trans(k16))
+    d_beta += tl.sum(d_system * overlap, 1)
+    d_system *= beta[:, None]
+    d_pair = d_system * overlap
+    d_k += tl.dot((d_system + tl.trans(d_system)).to(k16.dtype), k16)
+
+    # What the outputs take.
+    d_out = _tile(d_out_ptr + value_head * J, rows, VALUES * J, real, J)
+    fresh = _tile(fresh_ptr, here * C + places, J, everywhere, J)
     q = _tile(q_ptr + key_head * H, rows, KEYS * H, real, H)
     q_norm = _inverse_norm(q)
-    q = q * q_norm[:, None]
-    q16 = (q * scale).to(d_out.dtype)
-    overlap = tl.dot(k16, tl.trans(k16)) * pair
-    d_beta += tl.sum(d_system * overlap, 1)
-    d_pair = d_system * overlap * beta[:, None] + d_attention * tl.dot(q16, tl.trans(k16)) * pair
-    d_decay = tl.sum(d_pair, 1) - tl.sum(d_pair, 0) + tl.sum(d_reads * q, 1) * scale * from_start
-    from_keys = tl.sum(d_keys * k, 1) * from_start
-    d_beta += from_keys
-    d_end = tl.sum(d_writes * k, 1) * to_end
-    d_decay += from_keys * beta - d_end
-    d_decay += tl.where(places == C - 1, tl.sum(d_end, 0) + d_carried, 0.0)
+    q16 = (q * (q_norm * scale)[:, None]).to(q.dtype)
+    d_attention = tl.dot(d_out, tl.trans(fresh)) * pair
+    d_pair += d_attention * tl.dot(q16, tl.trans(k16))
+    d_attention16 = d_attention.to(k16.dtype)
+    d_q = tl.dot(d_out, state) * from_start[:, None]
+    d_decay = tl.sum(d_pair, 1) - tl.sum(d_pair, 0) + tl.sum(d_q * q16, 1) + from_keys * beta
+    d_q = (d_q + tl.dot(d_attention16, k16)) * scale
+    q_unit = q * q_norm[:, None]
+    d_q = (d_q - q_unit * tl.sum(q_unit * d_q, 1)[:, None]) * q_norm[:, None]
+    _put(d_q_ptr + value_head * H, rows, VALUES * H, real, d_q, H)
+    d_k += tl.dot(tl.trans(d_attention16), q16)
+
+    # What the next state takes.
+    d_state = tl.trans(_tile(d_states_ptr, here * H + h, J, h < H, J))
+    d_writes = tl.dot(fresh, d_state) * to_end[:, None]
+    d_k += d_writes
+    d_end = tl.sum(d_writes * k16, 1)
+    d_carried = tl.sum(tl.sum(state.to(tl.float32) * d_state.to(tl.float32), 1), 0) * tl.exp(total)
+    d_decay += tl.where(places == C - 1, tl.sum(d_end, 0) + d_carried, 0.0) - d_end
     d_log_decay = tl.sum(d_decay, 0) - tl.cumsum(d_decay, 0) + d_decay
     tl.store(d_log_decay_ptr + rows * VALUES + value_head, d_log_decay, mask=real)
     tl.store(d_beta_ptr + rows * VALUES + value_head, d_beta, mask=real)
-
-    d_qk = (d_attention * pair).to(d_out.dtype)
-    d_kk = d_system * pair * beta[:, None]
-    d_kk = (d_kk + tl.trans(d_kk)).to(d_out.dtype)
-    d_q = (d_reads * from_start[:, None] + tl.dot(d_qk, k16)) * scale
-    d_q = (d_q - q * tl.sum(q * d_q, 1)[:, None]) * q_norm[:, None]
-    _put(d_q_ptr + value_head * H, rows, VALUES * H, real, d_q, H)
-    d_k = d_writes * to_end[:, None] + d_keys * (from_start * beta)[:, None]
-    d_k += tl.dot(tl.trans(d_qk), q16) + tl.dot(d_kk, k16)
-    d_k = (d_k - k * tl.sum(k * d_k, 1)[:, None]) * k_norm[:, None]
+    k_unit = k * k_norm[:, None]
+    d_k = (d_k - k_unit * tl.sum(k_unit * d_k, 1)[:, None]) * k_norm[:, None]
     _put(d_k_ptr + value_head * H, rows, VALUES * H, real, d_k, H)

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_COLUMNS = 32
-"""Value dims of one program: a state of 128 x 128 then keeps 4 programs busy."""
+_COLUMNS, _WARPS = 32, 4
+"""Value dims and warps of one program: the fastest of six tried on an H200."""
 
 
 def gated_delta_step_triton(
@@ -43,7 +43,7 @@ def gated_delta_step_triton(
         KEY_DIM=key_dim,
         VALUE_DIM=value_dim,
         COLUMNS=columns,
-        num_warps=4,
+        num_warps=_WARPS,
     )
     return out_BVJ
 

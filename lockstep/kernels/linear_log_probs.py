@@ -13,8 +13,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lockstep.kernels.fused import is_fused
+
 CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
 """Bytes of fp32 logits that one chunk may hold, by device type."""
+
+FUSED_CHUNK_BYTES = 1280 * 2**20
+"""Bytes of bf16 logits that one chunk of the fused version may hold. It makes no other tensor of that size."""
 
 MIN_CHUNK_ROWS = 64
 """Every chunk reads the whole weight once, so a large vocabulary needs some rows to pay for it."""
@@ -42,10 +47,11 @@ class KeptTokens:
         """Set the logits of every token outside the nucleus to `EXCLUDED`, in place; row 0 is row `start` of all."""
         offsets_C1 = self.offsets_R1[start : start + len(logits_CV) + 1]
         sizes_C = offsets_C1.diff()
-        excluded_CV = (sizes_C > 0).unsqueeze(1).expand_as(logits_CV).clone()
         rows = torch.repeat_interleave(torch.arange(len(sizes_C), device=sizes_C.device), sizes_C)
-        excluded_CV[rows, self.token_ids_N[int(offsets_C1[0]) : int(offsets_C1[-1])]] = False
-        logits_CV.masked_fill_(excluded_CV, EXCLUDED)
+        kept = rows, self.token_ids_N[int(offsets_C1[0]) : int(offsets_C1[-1])]
+        kept_logits = logits_CV[kept]
+        logits_CV.masked_fill_((sizes_C > 0).unsqueeze(1), EXCLUDED)
+        logits_CV[kept] = kept_logits
 
 
 def linear_logits(hidden_RD: Tensor, weight_VD: Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -105,10 +111,15 @@ def linear_log_probs(
     """
     if kept is not None:
         check_kept(kept, targets_R)
-    if chunk_rows is None:
-        chunk_rows = default_chunk_rows(len(weight_VD), hidden_RD.device.type)
-    result: tuple[Tensor, Tensor | None] = _LinearLogProbs.apply(  # type: ignore[no-untyped-call]
-        hidden_RD, weight_VD, targets_R, temperature, kept, chunk_rows, with_entropy
+    function: Any = _LinearLogProbs
+    default_rows = default_chunk_rows(len(weight_VD), hidden_RD.device.type)
+    if is_fused(hidden_RD, weight_VD):
+        from lockstep.kernels.linear_log_probs_triton import LinearLogProbs
+
+        function = LinearLogProbs
+        default_rows = even_chunk_rows(len(hidden_RD), max(MIN_CHUNK_ROWS, FUSED_CHUNK_BYTES // (2 * len(weight_VD))))
+    result: tuple[Tensor, Tensor | None] = function.apply(
+        hidden_RD, weight_VD, targets_R, temperature, kept, chunk_rows or default_rows, with_entropy
     )
     return result
 
@@ -116,6 +127,12 @@ def linear_log_probs(
 def default_chunk_rows(vocab_size: int, device_type: str) -> int:
     """Rows of fp32 logits that fit into the device's `CHUNK_BYTES`, at least `MIN_CHUNK_ROWS`."""
     return max(MIN_CHUNK_ROWS, CHUNK_BYTES.get(device_type, CHUNK_BYTES["cuda"]) // (4 * vocab_size))
+
+
+def even_chunk_rows(num_rows: int, most: int) -> int:
+    """At most `most` rows, in as few chunks as that allows and all of about one size, in multiples of 128."""
+    chunks = max(1, -(-num_rows // most))
+    return min(most, -(-max(1, num_rows) // (128 * chunks)) * 128)
 
 
 def check_kept(kept: KeptTokens, targets_R: Tensor) -> None:

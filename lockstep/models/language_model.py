@@ -14,7 +14,7 @@ from lockstep.models.config import ModelConfig
 from lockstep.models.layers.embedding import Embedding
 from lockstep.models.layers.mixer import TokenMixer
 from lockstep.models.layers.moe import ChooseExperts, top_k_experts
-from lockstep.models.layers.norm import RMSNorm, ZeroCentredRMSNorm
+from lockstep.models.layers.norm import RMSNorm
 from lockstep.models.layers.rotary import rotary_tables
 
 RunLayer = Callable[..., Tensor]
@@ -30,7 +30,7 @@ class Decoder(nn.Module):
     """Embedding, blocks and final norm: HF's `model.` prefix."""
 
     def __init__(
-        self, config: ModelConfig, block_class: type[Any], norm_class: type[RMSNorm | ZeroCentredRMSNorm]
+        self, config: ModelConfig, block_class: type[Any], norm_class: type[RMSNorm]
     ) -> None:
         super().__init__()
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
@@ -44,7 +44,7 @@ class LanguageModel(nn.Module):
     config_class: ClassVar[type[ModelConfig]]
     block_class: ClassVar[type[Any]]
     """A `Block` made from the family's config and the layer's index."""
-    norm_class: ClassVar[type[RMSNorm | ZeroCentredRMSNorm]]
+    norm_class: ClassVar[type[RMSNorm]]
     carried_prefixes: ClassVar[tuple[str, ...]] = ()
     """Names of HF tensors that nothing here computes with; loading passes over them, export copies them unchanged."""
 
@@ -62,7 +62,7 @@ class LanguageModel(nn.Module):
 
     def rotary(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
         """The tables that every block takes: see `rotary_tables`."""
-        return rotary_tables(positions_T, self.config.rope, self.model.embed_tokens.weight.dtype)
+        return rotary_tables(positions_T, self.config.rope, next(self.parameters()).dtype)
 
     def forward(
         self,

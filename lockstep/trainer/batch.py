@@ -99,7 +99,9 @@ class MicroBatch:
             positions_T=torch.cat([torch.arange(n) for n in lengths]).to(device),
             rows_R=torch.from_numpy(np.concatenate(rows)).to(device),
             targets_R=torch.tensor(
-                list(chain.from_iterable(s.tokens[len(s.tokens) - s.response_length :] for s in samples)), device=device
+                list(chain.from_iterable(s.tokens[len(s.tokens) - s.response_length :] for s in samples)),
+                dtype=torch.int64,
+                device=device,
             ),
             sample_ids_R=sample_ids,
             loss_mask_R=mask,

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from lockstep.models import LanguageModel
+from lockstep.checkpoint.hf import OnBytes
 from lockstep.trainer.batch import TrainSample
 
 
@@ -48,10 +47,6 @@ class TrainingEngine(Protocol):
         """One optimizer step over a global batch whose loss weights are set."""
         ...
 
-    def rollout_weights(self) -> AbstractContextManager[LanguageModel]:
-        """The model that a sampler may decode on while the context is open."""
-        ...
-
     def update_reference(self) -> None:
         """Make the current policy the reference model."""
         ...
@@ -62,6 +57,10 @@ class TrainingEngine(Protocol):
 
     def load(self, folder: Path, *, with_optimizer: bool = True) -> None:
         """Read what `save` wrote, in place. Without optimizer state the optimizer starts afresh from the weights."""
+        ...
+
+    def export(self, folder: Path, *, source: Path, on_bytes: OnBytes | None = None) -> None:
+        """Write the weights as an HF folder, the rest of which is copied from `source`."""
         ...
 
     def state_dict(self) -> dict[str, Any]:

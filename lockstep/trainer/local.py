@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lockstep.algorithms import Loss, LossInputs
+from lockstep.checkpoint.hf import OnBytes, save_hf_model
 from lockstep.checkpoint.tensors import load_tensors, save_tensors
 from lockstep.config import BatchingOptions, OptimizerOptions
 from lockstep.kernels.linear_log_probs import linear_log_probs
@@ -69,6 +70,22 @@ class LocalTrainer:
         self._backward: BackwardOrder = ByMicroBatch(recompute=batching.recompute_granularity == "full")
         if batching.backward_order == "layer":
             self._backward = ByLayer(self.optimizer.gradients.settle)
+        if self.optimizer.is_streamed:
+            self._update_before_use()
+
+    def _update_before_use(self) -> None:
+        """Let each part of the model wait for its own weights only: a streamed update hides behind the next forward."""
+        decoder = self.model.model
+        named_parts: list[tuple[str, nn.Module]] = [
+            ("model.embed_tokens", decoder.embed_tokens),
+            *((f"model.layers.{key}", block) for key, block in decoder.layers.items()),
+            ("model.norm", decoder.norm),
+        ]
+        for prefix, part in named_parts:
+            names = [f"{prefix}.{name}" for name, _ in part.named_parameters()]
+            if part is decoder.norm:  # the last part that is called: lm_head is read as a weight after it
+                names += [name for name in self.optimizer.parameters if name.startswith("lm_head.")]
+            part.register_forward_pre_hook(lambda *_, names=names: self.optimizer.wait(names))
 
     @property
     def device(self) -> torch.device:
@@ -133,7 +150,7 @@ class LocalTrainer:
         self._backward.run(self.model, passes())
         lr = learning_rate(self.optimizer_options, self.num_steps_done, num_steps=self.num_steps)
         updates_before = self.optimizer.num_updates
-        grad_norm = self.optimizer.step(lr)
+        grad_norm = self.optimizer.start_step(lr)
         self.num_steps_done += 1
         self.version += 1
         metrics = {f"train/{name}": value for name, value in totals.items()} | {
@@ -146,10 +163,13 @@ class LocalTrainer:
 
     @contextmanager
     def rollout_weights(self) -> Iterator[LanguageModel]:
+        """The trainer's own parameters."""
+        self.optimizer.wait(self.optimizer.parameters)
         yield self.model
 
     def update_reference(self) -> None:
         assert self.reference is not None, "no reference model was loaded"
+        self.optimizer.wait(self.optimizer.parameters)
         self.reference.load_state_dict(self.model.state_dict())
         self._reference_moved = True
 
@@ -160,6 +180,10 @@ class LocalTrainer:
         load_tensors(folder, dict(self._state(with_optimizer)))
         if not with_optimizer:
             self.optimizer.restart()
+
+    def export(self, folder: Path, *, source: Path, on_bytes: OnBytes | None = None) -> None:
+        with self.rollout_weights() as model:
+            save_hf_model(model, folder, source=source, on_bytes=on_bytes)
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -176,6 +200,7 @@ class LocalTrainer:
         self._reference_moved = state["reference_moved"]
 
     def _state(self, with_optimizer: bool) -> Iterator[tuple[str, Tensor]]:
+        self.optimizer.wait(self.optimizer.parameters)
         yield from ((f"model.{name}", p.detach()) for name, p in self.model.named_parameters())
         if with_optimizer:
             yield from ((f"optimizer.{name}", tensor) for name, tensor in self.optimizer.named_state())

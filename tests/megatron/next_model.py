@@ -38,7 +38,9 @@ class ZeroCentredNorm(nn.Module):
 
 def make_next_model(hf: Any, *, vocab_size: int, has_mtp: bool, parallel: dict[str, int]) -> GPTModel:
     """The model that HF's config describes, every parameter drawn."""
-    is_sparse = [int(i not in hf.mlp_only_layers and (i + 1) % hf.decoder_sparse_step == 0) for i in range(hf.num_hidden_layers)]
+    is_sparse = [
+        int(i not in hf.mlp_only_layers and (i + 1) % hf.decoder_sparse_step == 0) for i in range(hf.num_hidden_layers)
+    ]
     config = TransformerConfig(
         num_layers=hf.num_hidden_layers,
         hidden_size=hf.hidden_size,
@@ -86,7 +88,9 @@ def make_next_model(hf: Any, *, vocab_size: int, has_mtp: bool, parallel: dict[s
     ]
     mtp = None
     if has_mtp:
-        mtp = get_gpt_mtp_block_spec(config, _layer_spec(hf, is_delta=False, is_sparse=True), use_transformer_engine=False)
+        mtp = get_gpt_mtp_block_spec(
+            config, _layer_spec(hf, is_delta=False, is_sparse=True), use_transformer_engine=False
+        )
         for name in ("enorm", "hnorm", "layer_norm"):
             setattr(mtp.layer_specs[0].submodules, name, ZeroCentredNorm)
     return GPTModel(

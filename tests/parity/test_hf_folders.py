@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,23 @@ def test_an_export_says_the_type_it_was_written_in(tmp_path: Path) -> None:
     assert sizes[1] == {key: value * (2 if key == "total_size" else 1) for key, value in sizes[0].items()}
     back = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype="auto")
     assert back.dtype == torch.float32
+
+
+def test_loading_and_exporting_report_every_byte(tmp_path: Path) -> None:
+    saved_by_transformers(tmp_path / "theirs", "moe", max_shard_size="20KB")
+    sizes = [tensor.nbytes for tensor in tensors_of(tmp_path / "theirs").values()]
+    reports: list[tuple[int, int]] = []
+
+    def on_bytes(done: int, total: int) -> None:
+        reports.append((done, total))
+
+    model = load_hf_model(tmp_path / "theirs", dtype=torch.bfloat16, device=CPU, on_bytes=on_bytes)
+    save_hf_model(model, tmp_path / "ours", source=tmp_path / "theirs", on_bytes=on_bytes)
+    loaded, exported = reports[: len(sizes)], reports[len(sizes) :]
+    for name, parts, total in (("read", loaded, sum(sizes)), ("written", exported, sum(sizes) // 2)):
+        assert {known for _, known in parts} == {total}, name
+        steps = [after - before for (before, _), (after, _) in pairwise([(0, total), *parts])]
+        assert sorted(steps) == sorted(size * total // sum(sizes) for size in sizes), name
 
 
 def test_an_index_without_totals_gets_none(tmp_path: Path) -> None:
@@ -392,20 +410,6 @@ def test_a_damaged_folder_is_refused_naming_what_is_wrong(
     assert raised.value.remedy
 
 
-def test_an_export_to_a_full_disk_leaves_the_earlier_one_whole(tmp_path: Path) -> None:
-    """The disk is full for files of more than 40 KB, in a process of its own."""
-    saved_by_transformers(tmp_path / "theirs", "dense")
-    model = load(tmp_path / "theirs")
-    save_hf_model(model, tmp_path / "ours", source=tmp_path / "theirs")
-    before = files_of(tmp_path / "ours")
-    result = subprocess.run(
-        [sys.executable, "-c", EXPORT_TO_A_FULL_DISK, str(tmp_path)], capture_output=True, text=True, check=False
-    )
-    assert "CheckpointError" in result.stdout, result.stderr
-    assert files_of(tmp_path / "ours") == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["ours", "theirs"]
-
-
 EXPORT_TO_A_FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
@@ -422,3 +426,17 @@ try:
 except CheckpointError as error:
     print("CheckpointError", error)
 """
+
+
+def test_an_export_to_a_full_disk_leaves_the_earlier_one_whole(tmp_path: Path) -> None:
+    """The disk is full for files of more than 40 KB, in a process of its own."""
+    saved_by_transformers(tmp_path / "theirs", "dense")
+    model = load(tmp_path / "theirs")
+    save_hf_model(model, tmp_path / "ours", source=tmp_path / "theirs")
+    before = files_of(tmp_path / "ours")
+    result = subprocess.run(
+        [sys.executable, "-c", EXPORT_TO_A_FULL_DISK, str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert "CheckpointError" in result.stdout, result.stderr
+    assert files_of(tmp_path / "ours") == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ours", "theirs"]

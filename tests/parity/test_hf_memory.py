@@ -13,11 +13,11 @@ from tiny_models import moe_config
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-SLACK = 24 * 2**20
-"""For what Python and the allocator take meanwhile; 2 to 6 MiB were measured, and a file of weights has 64."""
+SLACK = 12 * 2**20
+"""For what Python and the allocator take meanwhile, of which 2 MiB were seen; a file has 32 MiB."""
 
 MEASURE = """
-import json, resource, sys
+import json, re, sys
 from pathlib import Path
 import psutil, torch
 from lockstep.checkpoint.hf import load_hf_model, read_hf_config, save_hf_model
@@ -32,17 +32,18 @@ if action == "load":
     model = load_hf_model(folder, dtype=torch.bfloat16, device=device)
 else:
     model = model.to_empty(device=device)
+    model.tie_weights()
     for parameter in model.parameters():
         parameter.data.fill_(0.5)
     save_hf_model(model, folder.with_name("ours"), source=folder)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+peak = 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 print(json.dumps({"model": model_bytes, "grown": peak - started}))
 """
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """280 MB of random weights in five files."""
+    """236 MB of random weights in seven files."""
     folder = tmp_path_factory.mktemp("big") / "theirs"
     config = moe_config(
         0,
@@ -57,7 +58,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     logging.disable_progress_bar()
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder, max_shard_size="64MB")
-    assert len(list(folder.glob("*.safetensors"))) >= 4
+    assert len(list(folder.glob("*.safetensors"))) >= 4  # else the bound says little
     return folder
 
 

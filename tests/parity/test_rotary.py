@@ -9,8 +9,9 @@ from transformers import Qwen3NextConfig as HFNext
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding, apply_rotary_pos_emb
 from transformers.models.qwen3_next import modeling_qwen3_next as hf_next
 
+from lockstep.kernels.norm_rotary import rotate
 from lockstep.models import read_model_config
-from lockstep.models.layers.rotary import rotary_tables, rotate
+from lockstep.models.layers.rotary import rotary_tables
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
 SCALINGS: dict[str, dict[str, Any]] = {

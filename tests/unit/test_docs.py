@@ -113,6 +113,7 @@ def newcomer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     install("lockstep.loop", train="train", evaluate="eval")
     install("lockstep.report", write_report="report")
     install("lockstep.bench.loop", main="bench")
+    install("lockstep.doctor", main="doctor")
     for name, content in named_files(README).items():
         (tmp_path / name).write_text(content)
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")

@@ -14,8 +14,9 @@ SRC = Path(lockstep.__file__).parent
 
 FLOORS: list[set[str]] = [
     {"__main__", "cli"},
-    {"loop", "bench"},
+    {"loop", "bench", "doctor"},
     {"assemble", "run", "observer", "earlier", "sampling"},
+    {"plan"},
     {"cluster"},
     {"parity", "training_data"},
     {"trainer", "rollout", "weight_sync"},

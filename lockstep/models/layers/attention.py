@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from lockstep.kernels.norm_rotary import norm_and_rotate
 from lockstep.models.layers.mixer import TokenMixer
-from lockstep.models.layers.norm import RMSNorm, ZeroCentredRMSNorm
-from lockstep.models.layers.rotary import rotate
+from lockstep.models.layers.norm import RMSNorm
 
 
 class Attention(nn.Module):
@@ -28,7 +28,7 @@ class Attention(nn.Module):
         head_dim: int,
         *,
         bias: bool,
-        norm: type[RMSNorm | ZeroCentredRMSNorm],
+        norm: type[RMSNorm],
         norm_eps: float,
         is_gated: bool = False,
     ) -> None:
@@ -48,9 +48,13 @@ class Attention(nn.Module):
             q_TNH, gate_TNH = q_TNH.unflatten(-1, (-1, 2 * self.head_dim)).chunk(2, dim=-1)
         else:
             q_TNH = q_TNH.unflatten(-1, (-1, self.head_dim))
-        k_TKH = self.k_norm(self.k_proj(x_TD).unflatten(-1, (-1, self.head_dim)))
+        k_TKH = self.k_proj(x_TD).unflatten(-1, (-1, self.head_dim))
         v_TKH = self.v_proj(x_TD).unflatten(-1, (-1, self.head_dim))
-        out_TNH = mixer.attend(attention_index, rotate(self.q_norm(q_TNH), rotary), rotate(k_TKH, rotary), v_TKH)
+        q_TNH, k_TKH = (
+            norm_and_rotate(x_TNH, norm.weight, norm.eps, norm.weight_offset, rotary)
+            for x_TNH, norm in ((q_TNH, self.q_norm), (k_TKH, self.k_norm))
+        )
+        out_TNH = mixer.attend(attention_index, q_TNH, k_TKH, v_TKH)
         if gate_TNH is not None:
             out_TNH = out_TNH * gate_TNH.sigmoid()
         projected: Tensor = self.o_proj(out_TNH.flatten(-2))

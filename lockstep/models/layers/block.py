@@ -11,7 +11,7 @@ from lockstep.models.config import ModelConfig
 from lockstep.models.layers.mixer import TokenMixer
 from lockstep.models.layers.mlp import GatedMLP
 from lockstep.models.layers.moe import ChooseExperts, MoE
-from lockstep.models.layers.norm import RMSNorm, ZeroCentredRMSNorm
+from lockstep.models.layers.norm import RMSNorm
 
 
 class Block(nn.Module):
@@ -22,7 +22,7 @@ class Block(nn.Module):
         config: ModelConfig,
         layer_index: int,
         *,
-        norm: type[RMSNorm | ZeroCentredRMSNorm],
+        norm: type[RMSNorm],
         shared_expert_size: int = 0,
     ) -> None:
         super().__init__()
@@ -48,8 +48,8 @@ class Block(nn.Module):
     def forward(
         self, x_TD: Tensor, rotary: tuple[Tensor, Tensor], mixer: TokenMixer, choose_experts: ChooseExperts
     ) -> Tensor:
-        x_TD = x_TD + self.mix(self.input_layernorm(x_TD), rotary, mixer)
-        normed_TD = self.post_attention_layernorm(x_TD)
+        x_TD, normed_TD = self.input_layernorm.with_residual(x_TD, None)
+        x_TD, normed_TD = self.post_attention_layernorm.with_residual(x_TD, self.mix(normed_TD, rotary, mixer))
         if isinstance(self.mlp, MoE):
             mixed_TD: Tensor = self.mlp(normed_TD, self.moe_index, choose_experts)
         else:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from lockstep.kernels.swiglu import swiglu
 
 
 class GatedMLP(nn.Module):
@@ -16,5 +17,5 @@ class GatedMLP(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        projected: Tensor = self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
+        projected: Tensor = self.down_proj(swiglu(self.gate_proj(x_TD), self.up_proj(x_TD)))
         return projected

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lockstep.kernels.experts import grouped_experts
+from lockstep.kernels.top_k import top_k as top_k_of_all
 from lockstep.models.layers.mlp import GatedMLP
 
 
@@ -32,7 +33,7 @@ class ComputeExperts(Protocol):
 
 def top_k_experts(moe_index: int, probs_TE: Tensor, top_k: int) -> Tensor:
     """The router's own choice."""
-    return probs_TE.topk(top_k, dim=-1).indices
+    return top_k_of_all(probs_TE, top_k)
 
 
 class RecordRoutes:
@@ -113,7 +114,9 @@ class MoE(nn.Module):
         weights_TS = probs_TE.gather(-1, experts_TS)
         if self.norm_topk_prob:
             weights_TS = weights_TS / weights_TS.sum(dim=-1, keepdim=True)
-        mixed_TD: Tensor = self.experts(x_TD, experts_TS, weights_TS.to(x_TD.dtype))
+        # Last what backward needs nothing from: recomputing ends before the experts' second product.
+        shared_TD = None
         if self.has_shared_expert:
-            mixed_TD = mixed_TD + self.shared_expert_gate(x_TD).sigmoid() * self.shared_expert(x_TD)
-        return mixed_TD
+            shared_TD = self.shared_expert_gate(x_TD).sigmoid() * self.shared_expert(x_TD)
+        mixed_TD: Tensor = self.experts(x_TD, experts_TS, weights_TS.to(x_TD.dtype))
+        return mixed_TD if shared_TD is None else mixed_TD + shared_TD

@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from lockstep.kernels.rms_norm import residual_rms_norm, rms_norm
 
 
 class RMSNorm(nn.Module):
     """Scale rows to unit root mean square, then by a learnt weight."""
 
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-
-class ZeroCentredRMSNorm(nn.Module):
-    """The same with 1 + weight, in fp32 throughout: a bf16 weight near 0 keeps digits that 1 + weight would lose."""
+    weight_offset: ClassVar[float] = 0.0
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(size))
+        self.weight = nn.Parameter(torch.full((size,), 1.0 - self.weight_offset))
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, 1.0 + self.weight.float(), self.eps).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps, self.weight_offset)
+
+    def with_residual(self, x: Tensor, update: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The stream `x + update` (`x` itself without one) and its norm."""
+        return residual_rms_norm(x, update, self.weight, self.eps, self.weight_offset)
+
+
+class ZeroCentredRMSNorm(RMSNorm):
+    """The same with 1 + weight."""
+
+    weight_offset = 1.0
 
 
 class GatedRMSNorm(nn.Module):

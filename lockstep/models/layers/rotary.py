@@ -78,14 +78,3 @@ def rotary_tables(positions_T: Tensor, rope: Rope, dtype: torch.dtype) -> tuple[
     angles = positions_T.float()[:, None] * frequencies
     cos, sin = angles.cos() * scale, angles.sin() * scale
     return torch.cat((cos, cos), dim=-1)[:, None].to(dtype), torch.cat((-sin, sin), dim=-1)[:, None].to(dtype)
-
-
-def rotate(x_TNH: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn the leading R dims of each head vector by its token's position."""
-    cos, signed_sin = tables
-    turned_dims = cos.shape[-1]
-    x_TNR = x_TNH[..., :turned_dims]
-    turned_TNR = torch.addcmul(x_TNR * cos, x_TNR.roll(turned_dims // 2, dims=-1), signed_sin)
-    if turned_dims == x_TNH.shape[-1]:
-        return turned_TNR
-    return torch.cat((turned_TNR, x_TNH[..., turned_dims:]), dim=-1)

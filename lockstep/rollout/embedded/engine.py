@@ -100,6 +100,13 @@ class EmbeddedEngine:
                 finished.append(sequence)
         return finished
 
+    def finish_aborted(self) -> list[Sequence]:
+        """End the sequences whose `finish_reason` was set from outside, with what they have."""
+        aborted = [s for s in [*self.scheduler.running, *self.scheduler.waiting] if s.finish_reason]
+        for sequence in aborted:
+            self._finish(sequence, "abort")
+        return aborted
+
     def _step_until_news(self) -> list[Sequence]:
         """Steps until a sequence finishes, a request arrives or an abort is asked for: one thread switch for many."""
         finished = self.step()
@@ -127,18 +134,16 @@ class EmbeddedEngine:
 
     async def _drive(self) -> None:
         try:
-            await _settle()
+            await settle()
             while self._inbox or self.has_work:
                 self._admit_inbox()
-                finished = [s for s in [*self.scheduler.running, *self.scheduler.waiting] if s.finish_reason]
-                for sequence in finished:
-                    self._finish(sequence, "abort")
+                finished = self.finish_aborted()
                 if self.has_work:
                     finished += await self._step_on_thread()
                 for sequence in finished:
                     self._answer(sequence, sequence.generation)
                 if finished:
-                    await _settle()
+                    await settle()
         except BaseException as error:
             self._drop_everything(error)
             if not isinstance(error, Exception):
@@ -210,7 +215,8 @@ class EmbeddedEngine:
         self.scheduler.finish(sequence)
 
 
-async def _settle() -> None:
+async def settle() -> None:
+    """Give generate functions their turns."""
     for _ in range(_SETTLE_TURNS):
         await asyncio.sleep(0)
 

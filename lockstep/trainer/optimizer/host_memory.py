@@ -12,6 +12,7 @@ import os
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -25,15 +26,15 @@ RESERVE = 2 * 2**30
 
 
 class PinnedMemory:
-    """Zeroed host tensors of these shapes and types that the GPU can copy from and to by itself.
+    """Zeroed host tensors of these shapes and types that `device` can copy from and to by itself.
 
     They are registered by several threads, because the system clears the pages while it pins them.
     """
 
-    def __init__(self, layout: Iterable[tuple[Sequence[int], torch.dtype]]) -> None:
+    def __init__(self, layout: Iterable[tuple[Sequence[int], torch.dtype]], device: torch.device) -> None:
         self.tensors = [_mapped(shape, dtype) for shape, dtype in layout]
         with ThreadPoolExecutor(os.cpu_count()) as threads:
-            list(threads.map(_register, self.tensors))
+            list(threads.map(partial(_register, device), self.tensors))
         weakref.finalize(self, _unregister, self.tensors).atexit = False
 
 
@@ -45,9 +46,10 @@ def _mapped(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(memory, dtype=torch.uint8)[:size].view(dtype).view(*shape)
 
 
-def _register(tensor: Tensor) -> None:
+def _register(device: torch.device, tensor: Tensor) -> None:
     storage = tensor.untyped_storage()
-    torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(storage.data_ptr(), storage.nbytes(), 0)))
+    with torch.cuda.device(device):  # a new thread would use the first
+        torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(storage.data_ptr(), storage.nbytes(), 0)))
 
 
 def _unregister(tensors: list[Tensor]) -> None:

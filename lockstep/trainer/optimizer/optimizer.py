@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,8 @@ class Optimizer:
         self._step = torch.zeros((), dtype=torch.int64)
         self._placement = place_state(self.parameters, options)
         self._stream: StateStream | None = None
+        self._thread: ThreadPoolExecutor | None = None
+        self._enqueued: dict[str, Future[None]] = {}
         self._states = self._allocate()
 
     def step(self, lr: float) -> float:
@@ -66,17 +69,22 @@ class Optimizer:
         if math.isfinite(grad_norm):
             self._step += 1
             self.num_updates += 1
-            if self._stream is not None:
-                self._stream.begin()
-            for name in self.parameters:
-                self._update(name, lr, self._clipping(grad_norm))
-        self.gradients.clear()
+            self._start_updates(lr, self._clipping(grad_norm))
+        else:
+            self.gradients.clear()
         return grad_norm
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether `start_step` may return before its updates are done."""
+        return self._stream is not None
 
     def wait(self, names: Iterable[str]) -> None:
         """Let what the current stream does next see these parameters' updates."""
         if self._stream is not None:
             for name in names:
+                if (enqueued := self._enqueued.pop(name, None)) is not None:
+                    enqueued.result()
                 self._stream.wait(name)
 
     def named_state(self) -> Iterator[tuple[str, Tensor]]:
@@ -85,6 +93,7 @@ class Optimizer:
         Names tell the format, so that a checkpoint of other moments is refused and not misread.
         """
         if self._stream is not None:
+            self.wait(self.parameters)
             self._stream.synchronize()
         yield "step", self._step
         for name, state in self._states.items():
@@ -100,6 +109,18 @@ class Optimizer:
     def _clipping(self, grad_norm: float) -> float:
         return self.options.clip_grad / (grad_norm + 1e-6) if 0 < self.options.clip_grad < grad_norm else 1.0
 
+    def _start_updates(self, lr: float, grad_scale: float) -> None:
+        """All weights in the model's order. Streamed with overlap they are enqueued by a thread, because CUDA lets a
+        stream fall behind by some thousand operations only and then blocks who enqueues more."""
+        if self._stream is not None:
+            self._stream.begin()
+        for name in self.parameters:
+            if self._thread is None:
+                self._update(name, lr, grad_scale)
+            else:
+                self._enqueued[name] = self._thread.submit(self._update, name, lr, grad_scale)
+
+    @torch.no_grad()
     def _update(self, name: str, lr: float, grad_scale: float) -> None:
         grad = self.gradients.take(name)
         if grad is None:
@@ -130,10 +151,12 @@ class Optimizer:
 
     def _pin(self, layouts: dict[str, Layout]) -> dict[str, State]:
         require_host_memory(sum(layout_bytes(layout) for layout in layouts.values()))
-        self._pinned = PinnedMemory(entry for layout in layouts.values() for entry in layout.values())
         device = next(self.parameters[name].device for name in layouts)
+        self._pinned = PinnedMemory((entry for layout in layouts.values() for entry in layout.values()), device)
         largest = max(piece_bytes(layout, self.parameters[name].numel()) for name, layout in layouts.items())
         self._stream = StateStream(device, largest, overlap=self.options.overlap_cpu_optimizer_d2h_h2d)
+        if self.options.overlap_cpu_optimizer_d2h_h2d:
+            self._thread = ThreadPoolExecutor(1, "updates", torch.cuda.set_device, (device,))
         tensors = iter(self._pinned.tensors)
         return {name: {key: next(tensors) for key in layout} for name, layout in layouts.items()}
 

@@ -17,17 +17,19 @@ Bytes per parameter:
 
     in host memory, in GB: 88 % of 124.0, pinned       109.1
 
-The GPU has 150 GB, so 12 GB are left at the end of backward for one layer's activations and fp32 gradients
-(2.5 GB). The host has 137 GB, so 28 GB are left for the process itself. That needs gradients that are never all fp32:
-with several micro-batches, a backward that finishes one layer at a time (`Gradients.settle`). Its layer inputs (0.54 GB
-a layer for 131 thousand tokens) are freed as fast as a layer's gradients (1.27 GB) appear, so the end is the peak.
-Offloading everything is 124 GB of 137: too close. Master and moments in fp32 would be 305 GB.
+The GPU has 150 GB, so 12 GB are left at the end of backward for one layer's activations and fp32 gradients (2.5 GB).
+Of the host's 137 GB the system leaves 134, so 25 are left for the process itself; all of the state, 124 GB, would leave
+10. With master and moments in fp32 the state would be 305 GB.
+
+The gradients must never all be fp32: with several micro-batches that takes a backward which finishes one layer at a
+time (`Gradients.settle`). The inputs of its layers (0.54 GB a layer for 131 thousand tokens) go as the gradients of
+layers (1.27 GB) come, so its end is the peak.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -66,7 +68,8 @@ def layout_bytes(layout: Layout) -> int:
 def place_state(parameters: Mapping[str, Tensor], options: OptimizerOptions) -> Placement:
     """Decide by shapes and types alone; parameters on the meta device will do.
 
-    Weights are offloaded in the model's order until their numbers are `optimizer_offload_fraction` of all.
+    Weights are offloaded from the model's end until their numbers are `optimizer_offload_fraction` of all: what stays
+    is updated first, without waiting for the link, and is what the next forward needs first.
     """
     layouts = {
         name: {
@@ -75,14 +78,14 @@ def place_state(parameters: Mapping[str, Tensor], options: OptimizerOptions) -> 
         }
         for name, p in parameters.items()
     }
-    on_host = frozenset(_first_share(parameters, options.optimizer_offload_fraction))
+    on_host = frozenset(_last_share(parameters, options.optimizer_offload_fraction))
     return Placement(layouts, on_host if options.optimizer_cpu_offload else frozenset())
 
 
-def _first_share(parameters: Mapping[str, Tensor], fraction: float) -> Iterable[str]:
+def _last_share(parameters: Mapping[str, Tensor], fraction: float) -> Iterator[str]:
     wanted = fraction * sum(p.numel() for p in parameters.values())
     chosen = 0
-    for name, parameter in parameters.items():
+    for name, parameter in reversed(list(parameters.items())):
         if parameter.numel() >= SMALLEST_OFFLOADED and chosen + parameter.numel() <= wanted:
             chosen += parameter.numel()
             yield name

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers.models.qwen3_next import modeling_qwen3_next as hf
 
-from lockstep.kernels.fla import fla_fault
+from lockstep.kernels.delta_rule_choice import fla_fault
 from lockstep.kernels.gated_delta_rule import (
     CHUNK,
     DeltaLayout,

@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import torch
 
+from lockstep.kernels.norm_rotary import rotate
 from lockstep.models.layers.mlp import GatedMLP
 from lockstep.models.layers.moe import MoE, RecordRoutes
 from lockstep.models.layers.norm import RMSNorm
-from lockstep.models.layers.rotary import Rope, rotary_tables, rotate
+from lockstep.models.layers.rotary import Rope, rotary_tables
 
 
 def test_rms_norm_scales_rows_to_the_weight() -> None:

@@ -204,15 +204,18 @@ def test_a_training_step_never_holds_the_logits_of_all_tokens() -> None:
     assert peak.elements < 1024 * 8192 / 8
 
 
-def test_a_saved_trainer_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
+@pytest.mark.parametrize("moments", ["fp32", "bf16", "8bit"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_saved_trainer_goes_on_as_if_it_had_not_stopped(tmp_path: Path, moments: str, dtype: torch.dtype) -> None:
+    small = {"use_precision_aware_optimizer": True, "exp_avg_dtype": moments, "exp_avg_sq_dtype": moments}
     batches = [samples(seed=seed) for seed in range(3)]
-    one = tiny_trainer(tiny_moe())
+    one = tiny_trainer(tiny_moe().to(dtype), **small)
     one.step(batches[0])
     one.save(tmp_path)
     counters = one.state_dict()
     wanted = [one.step(batch).metrics for batch in batches[1:]]
 
-    other = tiny_trainer(tiny_moe())
+    other = tiny_trainer(tiny_moe().to(dtype), **small)
     other.load(tmp_path)
     other.load_state_dict(counters)
     assert [other.step(batch).metrics for batch in batches[1:]] == wanted

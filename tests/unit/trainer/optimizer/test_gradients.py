@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -70,18 +71,19 @@ def test_a_gradient_that_comes_after_its_layer_was_settled_is_an_error() -> None
         add(layer, 1.0)
 
 
-def test_what_is_taken_or_cleared_is_gone_and_the_next_step_starts_anew() -> None:
+@pytest.mark.parametrize("forget", [lambda gradients: gradients.take("weight"), Gradients.clear], ids=["take", "clear"])
+def test_what_is_taken_or_cleared_is_gone_and_the_next_step_starts_anew(forget: Callable[[Gradients], object]) -> None:
     layer = nn.Linear(1, 1, bias=False)
     gradients = gradients_of(layer, torch.float32, torch.float32)
-    for empty in (lambda: gradients.take("weight"), gradients.clear):
-        add(layer, 2.0)
-        gradients.settle(["weight"])
-        empty()
-        assert gradients.take("weight") is None
+    add(layer, 2.0)
+    gradients.settle(["weight"])
+    forget(gradients)
     add(layer, 5.0)
+    assert gradients.norm() == 5.0
     taken = gradients.take("weight")
     assert isinstance(taken, Tensor)
     assert taken.item() == 5.0
+    assert gradients.take("weight") is None
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])

@@ -1,0 +1,1 @@
+"""Training over several processes: how ranks share a model, and what they exchange."""
