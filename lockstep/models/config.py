@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -36,17 +37,53 @@ IRRELEVANT = {
 }
 """HF config fields that cannot change what any family computes here, each with the reason."""
 
-_ROPE_FIELDS = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor")
-_YARN_FIELDS = (
-    "factor",
-    "original_max_position_embeddings",
-    "attention_factor",
-    "beta_fast",
-    "beta_slow",
-    "mscale",
-    "mscale_all_dim",
-    "truncate",
+_ZERO_IS_NONE = (
+    "intermediate_size",
+    "num_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
 )
+_OTHER_KINDS = {
+    "full_attention_interval": "int",
+    "partial_rotary_factor": "share",
+    "rope_theta": "float",
+    "rope_scaling": "table",
+    "rope_parameters": "table",
+    "mlp_only_layers": "numbers",
+    "layer_types": "names",
+}
+_YARN_KINDS = {
+    "factor": "float",
+    "original_max_position_embeddings": "int",
+    "attention_factor": "float",
+    "beta_fast": "float",
+    "beta_slow": "float",
+    "mscale": "float",
+    "mscale_all_dim": "float",
+    "truncate": "bool",
+    "rope_theta": "float",
+    "partial_rotary_factor": "share",
+}
+_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "int": (lambda value: _is_int(value) and value >= 1, "it must be a whole number from 1."),
+    "count": (lambda value: _is_int(value) and value >= 0, "it must be a whole number from 0."),
+    "float": (lambda value: _is_number(value) and 0 < value < math.inf, "it must be a number above 0."),
+    "share": (lambda value: _is_number(value) and 0 < value <= 1, "it must be a number above 0, at most 1."),
+    "bool": (lambda value: isinstance(value, bool), "it must be true or false."),
+    "table": (lambda value: isinstance(value, Mapping), "it must be an object with the settings by name."),
+    "numbers": (
+        lambda value: isinstance(value, list | tuple) and all(_is_int(item) and item >= 0 for item in value),
+        "it must be a list of layer numbers.",
+    ),
+    "names": (
+        lambda value: isinstance(value, list | tuple) and all(isinstance(item, str) for item in value),
+        "it must be a list with a kind for every layer.",
+    ),
+}
+"""Kind of a field -> what its values have to be."""
+
+_ROPE_FIELDS = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +143,7 @@ class ModelConfig:
                 raise ModelError(f"config.json {name}", value, reason, f"Use a checkpoint with {name} = {computed!r}.")
         if "num_local_experts" in hf:
             hf["num_experts"] = hf.pop("num_local_experts")
+        hf = {name: _checked(name, value, cls._kind(name)) for name, value in hf.items() if value is not None}
         cls._settle(hf, model_type)
         for name in cls.required:
             if hf.get(name) is None:
@@ -124,6 +162,13 @@ class ModelConfig:
         config = cls(**hf)
         config._require_consistency()
         return config
+
+    @classmethod
+    def _kind(cls, name: str) -> str:
+        """How the value of an HF field has to look: a key of `_KINDS`, or nothing that is known here."""
+        if name in _ZERO_IS_NONE:
+            return "count"
+        return _OTHER_KINDS.get(name) or str(getattr(cls.__dataclass_fields__.get(name), "type", ""))
 
     @classmethod
     def _settle(cls, hf: dict[str, Any], model_type: str | None) -> None:
@@ -159,8 +204,16 @@ class ModelConfig:
                 f"it does not divide the {self.num_attention_heads} attention heads.",
             ),
             num_experts_per_tok=(
-                self.num_experts_per_tok <= self.num_experts,
+                min(self.num_experts, 1) <= self.num_experts_per_tok <= self.num_experts,
                 f"there are only {self.num_experts} experts.",
+            ),
+            intermediate_size=(
+                self.intermediate_size > 0 or self.num_sparse_layers == self.num_hidden_layers,
+                "some layers are dense and need a width.",
+            ),
+            moe_intermediate_size=(
+                self.moe_intermediate_size > 0 or self.num_sparse_layers == 0,
+                "experts need a width.",
             ),
             head_dim=(self.rope.rotary_dim % 2 == 0, "rotary embeddings turn pairs of numbers."),
         )
@@ -170,6 +223,21 @@ class ModelConfig:
             if not is_consistent:
                 value = getattr(self, name)
                 raise ModelError(f"config.json {name}", value, reason, "Use the model's own config.json.")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _checked(name: str, value: Any, kind: str) -> Any:
+    is_right, reason = _KINDS.get(kind, (lambda _: True, ""))
+    if not is_right(value):
+        raise ModelError(f"config.json {name}", value, reason, "Use the model's own config.json.")
+    return value
 
 
 def refuse_layer_types(hf: dict[str, Any], computed: set[str]) -> None:
@@ -190,6 +258,11 @@ def refuse_layer_types(hf: dict[str, Any], computed: set[str]) -> None:
 def _rope(hf: dict[str, Any], rotates_part: float | None) -> Rope:
     """Settings of the rotary embedding; transformers renamed `rope_scaling` to `rope_parameters`."""
     rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
+    rope = {
+        name: _checked(f"rope_parameters {name}", value, _YARN_KINDS.get(name, ""))
+        for name, value in rope.items()
+        if value is not None
+    }
     kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
     rope.pop("type", None)
     theta = rope.pop("rope_theta", None) or hf.get("rope_theta") or 1e4
@@ -207,7 +280,7 @@ def _rope(hf: dict[str, Any], rotates_part: float | None) -> Rope:
             "this family turns whole heads.",
             "Use a checkpoint without it.",
         )
-    for name in sorted(set(rope) - set(_YARN_FIELDS if kind == "yarn" else ())):
+    for name in sorted(set(rope) - set(_YARN_KINDS if kind == "yarn" else ())):
         raise ModelError(
             f"config.json rope_parameters {name}",
             rope[name],
@@ -224,5 +297,5 @@ def _rope(hf: dict[str, Any], rotates_part: float | None) -> Rope:
                 "yarn needs the factor, 1 or more, by which it stretches the context.",
                 'Add it, as in {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}.',
             )
-        yarn = Yarn(**{name: value for name, value in rope.items() if value is not None})
+        yarn = Yarn(**rope)
     return Rope(theta=float(theta), rotary_dim=int(hf["head_dim"] * part), yarn=yarn)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from transformers import Qwen3Config as HFDense
 from transformers import Qwen3MoeConfig as HFSparse
 from transformers import Qwen3NextConfig as HFNext
 
 from lockstep.errors import ModelError
-from lockstep.models import ModelConfig, Qwen3NextConfig, read_model_config
+from lockstep.models import ModelConfig, Qwen3NextConfig, build_model, read_model_config
 from lockstep.models.config import IRRELEVANT
 from lockstep.models.layers.rotary import Rope, Yarn
 
@@ -228,3 +229,20 @@ def test_the_published_80b_config_is_read() -> None:
     assert isinstance(config, Qwen3NextConfig)
     assert (config.num_attention_layers, config.num_delta_layers, config.conv_channels) == (12, 36, 8192)
     assert config.rope == Rope(1e7, 64)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_value_of_the_wrong_kind_is_refused_by_name_before_a_model_is_built(family: str) -> None:
+    """One field at a time is damaged; what is not refused must describe a model that can be built."""
+    smaller = {"vocab_size": 32, "num_hidden_layers": 4, "layer_types": None, "num_experts": 4, "num_local_experts": 4}
+    kept = {name: value for name, value in smaller.items() if name in HF[family]}
+    base = HF[family] | kept | ({"num_experts_per_tok": 2} if family != "dense" else {})
+    for name in base:
+        for damaged in (None, "x", -1, 0, 1.5, float("nan"), [], {}, [1], ["a"], {"a": 1}, True):
+            try:
+                config = read_model_config(base | {name: damaged})
+            except ModelError as error:
+                assert "config.json" in error.field  # noqa: PT017
+                continue
+            with torch.device("meta"):
+                build_model(config)
