@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 
 def is_fused(*tensors: Tensor) -> bool:
@@ -16,6 +18,21 @@ def is_fused(*tensors: Tensor) -> bool:
 
 def runs_triton(x: Tensor) -> bool:
     return x.is_cuda and _has_triton()
+
+
+def apply(function: type[Function], *arguments: Any) -> Any:
+    """`function.apply`, and its forward alone where no gradient is wanted: for a few tokens, autograd takes longer."""
+    if torch.is_grad_enabled():
+        return function.apply(*arguments)
+    return function.forward(_NoContext(), *arguments)
+
+
+class _NoContext:
+    """Takes what a forward keeps for its backward."""
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
+
+    def set_materialize_grads(self, value: bool) -> None: ...
 
 
 @cache

@@ -104,7 +104,8 @@ def linear_log_probs(
     Args:
         temperature: the logits are divided by it, as in the sampler.
         kept: renormalise each row over these tokens, as the sampler did.
-        chunk_rows: rows of logits that exist at once; by default as many as fit into `CHUNK_BYTES`.
+        chunk_rows: rows of logits that exist at once; by default as many as fit into `CHUNK_BYTES`, on a GPU
+            in bf16 into `FUSED_CHUNK_BYTES`.
         with_entropy: off saves one pass over the logits; the entropy is then None.
     Raises:
         ValueError: a target lies outside its row's kept tokens, so it cannot have been sampled.

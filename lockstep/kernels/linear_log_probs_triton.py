@@ -74,7 +74,7 @@ class LinearLogProbs(torch.autograd.Function):
             _gradient[(len(logits_CV), triton.cdiv(len(weight_VD), _COLUMNS))](
                 logits_CV, targets_R[rows], normalizer_R[rows], entropy_R[rows], grad_log_probs_R[rows],
                 grad_entropies_R[rows], grad_CV, len(weight_VD), ctx.temperature,
-                DIVIDES=ctx.temperature != 1.0, WITH_ENTROPY=grad_entropy_R is not None, BLOCK=_COLUMNS, num_warps=8,
+                DIVIDES=ctx.temperature != 1.0, WITH_ENTROPY=grad_entropy_R is not None, BLOCK=_COLUMNS, num_warps=4,
             )  # fmt: skip
             if grad_hidden_RD is not None:
                 torch.mm(grad_CV, weight_VD, out=grad_hidden_RD[rows])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lockstep.kernels.fused import is_fused
+from lockstep.kernels.fused import apply, is_fused
 from lockstep.kernels.rms_norm import rms_norm_reference
 
 
@@ -30,6 +30,6 @@ def norm_and_rotate(
     if is_fused(x_TNH, weight_H, *tables):
         from lockstep.kernels.norm_rotary_triton import NormRotary
 
-        fused: Tensor = NormRotary.apply(x_TNH, weight_H, eps, weight_offset, *tables)  # type: ignore[no-untyped-call]
+        fused: Tensor = apply(NormRotary, x_TNH, weight_H, eps, weight_offset, *tables)
         return fused
     return rotate(rms_norm_reference(x_TNH, weight_H, eps, weight_offset), tables)

@@ -14,10 +14,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_NUMBERS = 1024
+_NUMBERS = 2048
 """Numbers that a program holds at once."""
-_NUM_WARPS = 4
-_PROGRAMS = 2112
+_NUM_WARPS = 2
+_PROGRAMS = 1056
 """Programs of a backward pass; each sums its part of the weight's gradient."""
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-from lockstep.kernels.fused import is_fused
+from lockstep.kernels.fused import apply, is_fused
 
 
 def rms_norm_reference(x: Tensor, weight_D: Tensor, eps: float, weight_offset: float) -> Tensor:
@@ -27,7 +27,7 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float, weight_offset: float = 0.0
     if is_fused(x, weight_D):
         from lockstep.kernels.rms_norm_triton import RMSNorm
 
-        normed: Tensor = RMSNorm.apply(x, None, weight_D, eps, weight_offset)[1]  # type: ignore[no-untyped-call]
+        normed: Tensor = apply(RMSNorm, x, None, weight_D, eps, weight_offset)[1]
         return normed
     return rms_norm_reference(x, weight_D, eps, weight_offset)
 
@@ -39,7 +39,7 @@ def residual_rms_norm(
     if is_fused(x, weight_D):
         from lockstep.kernels.rms_norm_triton import RMSNorm
 
-        stream, normed = RMSNorm.apply(x, update, weight_D, eps, weight_offset)  # type: ignore[no-untyped-call]
+        stream, normed = apply(RMSNorm, x, update, weight_D, eps, weight_offset)
         return stream, normed
     stream = x if update is None else x + update
     return stream, rms_norm_reference(stream, weight_D, eps, weight_offset)

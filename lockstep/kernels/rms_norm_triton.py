@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_PROGRAMS = 1024
+_PROGRAMS = 1056
 """Programs of a backward pass: about eight on each multiprocessor of a large GPU."""
 
 
@@ -62,7 +62,7 @@ class RMSNorm(torch.autograd.Function):
 
 
 def _num_warps(width: int) -> int:
-    return 4 if width <= 2048 else 8
+    return 4 if width <= 4096 else 8
 
 
 @triton.jit  # type: ignore[untyped-decorator]

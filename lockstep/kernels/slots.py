@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lockstep.kernels.fused import is_fused
+from lockstep.kernels.fused import apply, is_fused
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def spread(x_TD: Tensor, slots: Slots) -> Tensor:
     if is_fused(x_TD):
         from lockstep.kernels.slots_triton import Spread
 
-        fused: Tensor = Spread.apply(x_TD, slots.row_TS)  # type: ignore[no-untyped-call]
+        fused: Tensor = apply(Spread, x_TD, slots.row_TS)
         return fused
     return x_TD[slots.slot_R // slots.row_TS.shape[1]]
 
@@ -52,7 +52,7 @@ def collect(rows_RD: Tensor, slots: Slots) -> Tensor:
     if is_fused(rows_RD):
         from lockstep.kernels.slots_triton import Collect
 
-        fused: Tensor = Collect.apply(rows_RD, slots.row_TS)  # type: ignore[no-untyped-call]
+        fused: Tensor = apply(Collect, rows_RD, slots.row_TS)
         return fused
     unsorted_RD = torch.empty_like(rows_RD).index_copy(0, slots.slot_R, rows_RD)
     return unsorted_RD.view(*slots.row_TS.shape, rows_RD.shape[1]).sum(1)

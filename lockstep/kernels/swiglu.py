@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-from lockstep.kernels.fused import is_fused
+from lockstep.kernels.fused import apply, is_fused
 from lockstep.kernels.slots import Slots
 
 
@@ -17,7 +17,7 @@ def swiglu(gate_RI: Tensor, up_RI: Tensor) -> Tensor:
     if is_fused(gate_RI, up_RI):
         from lockstep.kernels.swiglu_triton import SwiGLU
 
-        fused: Tensor = SwiGLU.apply(gate_RI, up_RI)  # type: ignore[no-untyped-call]
+        fused: Tensor = apply(SwiGLU, gate_RI, up_RI)
         return fused
     return F.silu(gate_RI) * up_RI
 
@@ -27,7 +27,7 @@ def weighted_swiglu(gate_up_RJ: Tensor, weights_TS: Tensor, slots: Slots) -> Ten
     if is_fused(gate_up_RJ, weights_TS):
         from lockstep.kernels.swiglu_triton import WeightedSwiGLU
 
-        fused: Tensor = WeightedSwiGLU.apply(gate_up_RJ, weights_TS, slots.row_TS)  # type: ignore[no-untyped-call]
+        fused: Tensor = apply(WeightedSwiGLU, gate_up_RJ, weights_TS, slots.row_TS)
         return fused
     gate_RI, up_RI = gate_up_RJ.chunk(2, dim=-1)
     return F.silu(gate_RI) * up_RI * weights_TS.flatten()[slots.slot_R].unsqueeze(1)

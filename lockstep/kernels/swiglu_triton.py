@@ -46,8 +46,9 @@ class WeightedSwiGLU(torch.autograd.Function):
         gate, up = gate_up_RJ.chunk(2, dim=-1)
         out_RI = torch.empty_like(gate, memory_format=torch.contiguous_format)
         _launch(
-            _swiglu_forward, out_RI, gate, up, weights_TS, row_TS, out_RI, row_stride=gate_up_RJ.shape[1], weighted=True
-        )
+            _swiglu_forward, out_RI, gate, up, weights_TS, row_TS, out_RI,
+            row_stride=gate_up_RJ.shape[1], weighted=True, num_warps=2,
+        )  # fmt: skip
         return out_RI
 
     @staticmethod
@@ -63,12 +64,15 @@ class WeightedSwiGLU(torch.autograd.Function):
         return d_gate_up_RJ, d_weights_TS if ctx.needs_input_grad[1] else None, None
 
 
-def _launch(kernel: Any, like_RI: Tensor, *tensors: Tensor, row_stride: int, weighted: bool = False) -> None:
+def _launch(
+    kernel: Any, like_RI: Tensor, *tensors: Tensor, row_stride: int, weighted: bool = False, num_warps: int = 4
+) -> None:
     width = like_RI.shape[-1]
     if like_RI.numel() == 0:
         return
+    block = min(_MOST_COLUMNS, triton.next_power_of_2(width))
     kernel[(like_RI.numel() // width,)](
-        *tensors, width, row_stride, WEIGHTED=weighted, BLOCK=min(_MOST_COLUMNS, triton.next_power_of_2(width))
+        *tensors, width, row_stride, WEIGHTED=weighted, BLOCK=block, num_warps=num_warps
     )
 
 

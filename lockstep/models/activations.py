@@ -4,8 +4,7 @@
 compared with what autograd really keeps in `tests/unit/models/test_activations.py`, what a GPU's take with its
 allocator in `tests/gpu/test_memory_on_gpu.py`.
 
-T packed tokens, D model width, N query heads, K key/value heads, H head dim, E experts, S slots per token, I feed-forward
-width; of the delta rule: V value heads, J value head dim, C channels.
+T packed tokens.
 """
 
 from __future__ import annotations
@@ -121,7 +120,10 @@ def _attention(config: ModelConfig, pack: Pack) -> BlockMemory:
     if not on_cpu:  # flash attention's partial sums, and a gradient of keys and values for every query head
         parts = -(-_MULTIPROCESSORS // (max(1, pack.tokens // pack.document) * heads))
         backward += parts * pack.fp32(heads, dim) + (2 * query if heads > keys else 0)
-    return BlockMemory(kept, forward=3 * query + 2 * key, backward=backward)
+    forward = (4 if on_cpu else 3) * query + 4 * key
+    if is_copied and on_cpu:  # a norm's copies in fp32
+        forward = max(forward, query + 2 * key + 3 * pack.fp32(heads, dim))
+    return BlockMemory(kept, forward, backward)
 
 
 def _mlp(config: ModelConfig, width: int, pack: Pack) -> BlockMemory:
@@ -188,4 +190,7 @@ def logits_memory(config: ModelConfig, rows: int, chunk_rows: int, pack: Pack) -
         return logits, matrix * _FP32 + max(rounded, (2 if rows <= chunk_rows else 1) * logits)
     logits = chunk * _FP32
     narrow = chunk * pack.element if pack.element < _FP32 else 0
-    return 2 * logits + narrow, matrix * _FP32 + 2 * logits + narrow + rounded
+    if rows <= chunk_rows:
+        return 2 * logits, matrix * _FP32 + max(2 * logits + narrow, logits + narrow + rounded)
+    # While a chunk is made, what the one before has left is still there.
+    return 3 * logits + narrow, matrix * _FP32 + max(3 * logits, logits + narrow + rounded)

@@ -29,9 +29,7 @@ def run_layer(block: nn.Module, *arguments: Any) -> Tensor:
 class Decoder(nn.Module):
     """Embedding, blocks and final norm: HF's `model.` prefix."""
 
-    def __init__(
-        self, config: ModelConfig, block_class: type[Any], norm_class: type[RMSNorm]
-    ) -> None:
+    def __init__(self, config: ModelConfig, block_class: type[Any], norm_class: type[RMSNorm]) -> None:
         super().__init__()
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleDict({str(i): block_class(config, i) for i in range(config.num_hidden_layers)})

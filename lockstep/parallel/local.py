@@ -46,8 +46,8 @@ def _plain_parameters(entries: list[tuple[nn.Module, str]], views: Views) -> Ite
     try:
         for module, name in entries:
             parameter: Tensor | None = module._parameters[name]
-            if isinstance(parameter, DTensor):
-                view = views.get((module, name))
+            view = views.get((module, name))
+            if parameter is not None and (view is not None or isinstance(parameter, DTensor)):
                 local = local_part(parameter)
                 module.__dict__[name] = local if view is None else view(local)
                 shadowed.append((module, name))

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 
+import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from lockstep.errors import OptionError
 from lockstep.models import ModelConfig, Qwen3NextConfig
@@ -24,6 +25,9 @@ _FLAGS = {
     "ep_size": "--expert-model-parallel-size",
     "etp_size": "--expert-tensor-parallel-size",
 }
+
+_EXPERT_WIDTH_MULTIPLE = 8
+"""Grouped matrix products want rows of a multiple of 16 bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,15 +77,11 @@ class Layout:
         if problem is None:
             return
         field, value, reason = problem
-        possible = [layout for layout in self._others() if layout._problem(config) is None]
-        if not possible:
-            remedy = "Use another number of ranks: no layout of this model has as many."
-        else:
-            nearest = min(possible, key=self._distance)
-            flags = " ".join(f"{flag} {getattr(nearest, name)}" for name, flag in _FLAGS.items())
-            given = " without --decoder-first/last-pipeline-num-layers" if self._has_stage_sizes else ""
-            remedy = f"The nearest possible layout is {flags}{given}."
-        raise OptionError(field, value, reason, remedy)
+        # Data parallelism alone is always possible.
+        nearest = min((layout for layout in self._others() if layout._problem(config) is None), key=self._distance)
+        flags = " ".join(f"{flag} {getattr(nearest, name)}" for name, flag in _FLAGS.items())
+        given = " without --decoder-first/last-pipeline-num-layers" if self._has_stage_sizes else ""
+        raise OptionError(field, value, reason, f"The nearest possible layout is {flags}{given}.")
 
     @property
     def _has_stage_sizes(self) -> bool:
@@ -94,7 +94,8 @@ class Layout:
         if stages < 0 or rest < stages or (rest % stages if stages else rest):
             return None
         middle = [rest // stages] * stages
-        return [*([] if first is None else [first]), *middle, *([] if last is None else [last])]
+        sizes = [*([] if first is None else [first]), *middle, *([] if last is None else [last])]
+        return sizes if min(sizes) > 0 else None
 
     def _problem(self, config: ModelConfig) -> tuple[str, int | None, str] | None:
         tp, cp, pp, ep, etp = (getattr(self, name) for name in _FLAGS)
@@ -105,8 +106,9 @@ class Layout:
         if self.world_size // pp % (ep * etp):
             ranks = self.world_size // pp
             return flag["ep"], ep, f"expert {ep} x expert tensor {etp} does not divide the {ranks} ranks of a stage."
-        if etp > 1:
-            return flag["etp"], etp, "an expert's matrices are not divided here."
+        if etp > 1 and config.moe_intermediate_size % (etp * _EXPERT_WIDTH_MULTIPLE):
+            width = config.moe_intermediate_size
+            return flag["etp"], etp, f"a share of an expert's width {width} is no multiple of {_EXPERT_WIDTH_MULTIPLE}."
         if ep > 1 and config.num_experts % ep:
             return flag["ep"], ep, f"it does not divide the model's {config.num_experts} experts."
         if self._stage_sizes(config.num_hidden_layers) is None:
@@ -127,9 +129,9 @@ class Layout:
 
     def _others(self) -> Iterator[Layout]:
         sizes = [size for size in range(1, self.world_size + 1) if self.world_size % size == 0]
-        for values in product(sizes, repeat=4):
-            if math.prod(values[:3]) <= self.world_size and values[3] <= self.world_size:
-                yield replace(Layout(world_size=self.world_size), **dict(zip(_FLAGS, values, strict=False)))
+        for values in product(sizes, repeat=len(_FLAGS)):
+            if math.prod(values[:3]) <= self.world_size and math.prod(values[3:]) <= self.world_size:
+                yield Layout(world_size=self.world_size, **dict(zip(_FLAGS, values, strict=True)))
 
     def _distance(self, other: Layout) -> tuple[int, float]:
         """Options that differ, then by how much."""
@@ -153,8 +155,12 @@ class Meshes:
         pp, dp, cp, tp = layout.pp_size, layout.dp_size, layout.cp_size, layout.tp_size
         self.dense = init_device_mesh(device_type, (pp, dp * cp, tp), mesh_dim_names=("pp", "fsdp", "tp"))
         """Of dense parameters: whole between stages, FSDP shards over data x context, tensor shards inside."""
-        shape = (pp, layout.expert_dp_size, layout.ep_size)
-        self.experts = init_device_mesh(device_type, shape, mesh_dim_names=("pp", "expert_dp", "ep"))
+        by_expert = torch.arange(layout.world_size).view(pp, layout.expert_dp_size, layout.ep_size, layout.etp_size)
+        stored = by_expert.transpose(2, 3).flatten(1, 2)
+        self.experts = DeviceMesh(device_type, stored, mesh_dim_names=("pp", "fsdp", "ep"))
+        """Of experts, which FSDP shards over expert data x expert tensor: see `experts.py`."""
+        self.expert_group = _my_group(by_expert.flatten(2).flatten(0, 1).tolist())
+        """The ranks that have all experts between them, those that share one next to each other."""
         self.data = init_device_mesh(device_type, (pp, dp, cp, tp), mesh_dim_names=("pp", "dp", "cp", "tp"))
         self.pp_rank, self.dp_rank, self.cp_rank, self.tp_rank = self.data.get_coordinate() or (0, 0, 0, 0)
         grid = self.data.mesh
@@ -172,8 +178,8 @@ class Meshes:
         return self.pp_rank == self.layout.pp_size - 1
 
     def group(self, name: str) -> dist.ProcessGroup:
-        """The group of this rank along `pp`, `dp`, `cp`, `tp` or `ep`."""
-        return (self.experts if name == "ep" else self.data)[name].get_group()
+        """The group of this rank along `pp`, `dp`, `cp` or `tp`."""
+        return self.data[name].get_group()
 
     def stage_neighbour(self, step: int) -> int:
         """Global rank of the same place in the next (1) or the previous (-1) stage."""

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from lockstep.models import LanguageModel
 from lockstep.models.layers.moe import Experts
-from lockstep.parallel.experts import AllToAllExperts
+from lockstep.parallel.experts import AllToAllExperts, divide_width
 from lockstep.parallel.local import Views, compute_on_local_tensors
 from lockstep.parallel.mesh import Meshes
 from lockstep.parallel.pipeline import keep_stage
@@ -39,9 +39,8 @@ def shard_model(model: LanguageModel, meshes: Meshes, *, reduce_dtype: torch.dty
     blocks = list(model.model.layers.values())
     experts = [module for module in model.modules() if isinstance(module, Experts)]
     for module in experts:
-        if meshes.layout.ep_size > 1:
-            _divide_experts(module, meshes)
-        _fully_shard(module, meshes.experts["expert_dp"], reduce_dtype, keep_gathered=False)
+        _divide_experts(module, meshes, views)
+        _fully_shard(module, meshes.experts["fsdp"], reduce_dtype, keep_gathered=False)
         compute_on_local_tensors(module, views, without=set())
     for block in blocks:
         _fully_shard(block, meshes.dense["fsdp"], reduce_dtype, keep_gathered=False)
@@ -51,12 +50,17 @@ def shard_model(model: LanguageModel, meshes: Meshes, *, reduce_dtype: torch.dty
     compute_on_local_tensors(model, views, without=set(blocks))
 
 
-def _divide_experts(experts: Experts, meshes: Meshes) -> None:
-    mesh = meshes.experts["ep"]
-    for name, parameter in list(experts.named_parameters()):
-        stored = distribute_tensor(parameter.detach(), mesh, [Shard(0)], src_data_rank=None)
-        experts.register_parameter(name, nn.Parameter(stored))
-    experts.compute = AllToAllExperts(mesh.get_group())
+def _divide_experts(experts: Experts, meshes: Meshes, views: Views) -> None:
+    layout, group = meshes.layout, meshes.expert_group
+    if layout.ep_size > 1:
+        for name, parameter in list(experts.named_parameters()):
+            stored = distribute_tensor(parameter.detach(), meshes.experts["ep"], [Shard(0)], src_data_rank=None)
+            experts.register_parameter(name, nn.Parameter(stored))
+    if layout.etp_size > 1:
+        divide_width(experts, dist.get_rank(group) % layout.etp_size, layout.etp_size, views)
+    if layout.ep_size * layout.etp_size > 1:
+        assert group is not None
+        experts.compute = AllToAllExperts(group, layout.etp_size)
 
 
 def _fully_shard(unit: nn.Module, mesh: DeviceMesh, reduce_dtype: torch.dtype | None, *, keep_gathered: bool) -> None:

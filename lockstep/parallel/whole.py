@@ -1,4 +1,8 @@
-"""A whole model on every rank, gathered from its shards for as long as something decodes on it."""
+"""What every rank samples with: all dense weights, gathered while it samples, and the experts that it owns anyway.
+
+Attention is data-parallel: each rank has its own sequences. Experts stay where they are, so a rank's rows visit all of
+them; see `decode.py`.
+"""
 
 from __future__ import annotations
 
@@ -6,27 +10,42 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lockstep.models import LanguageModel, build_model
+from lockstep.models.layers.moe import Experts
+from lockstep.parallel.decode import VisitExperts
 
 
 class WholeModel:
-    """A model of one device whose weights have memory only while they are gathered.
+    """A model of one device whose dense weights have memory only while they are gathered.
 
     The model and its parameters stay the same objects, so that whoever decodes on it may keep it.
 
     Args:
-        sharded: a model whose every parameter is a DTensor, on ranks that hold all layers between them.
+        sharded: a model whose every parameter is a DTensor, on ranks that hold all layers between them. Its experts are
+            divided along the expert dim alone.
     """
 
     def __init__(self, sharded: LanguageModel, device: torch.device) -> None:
         self._stored = dict(sharded.named_parameters())
         dtype = next(iter(self._stored.values())).dtype
         with torch.device("meta"):
-            model = build_model(sharded.config).to(dtype)
-        self.model = model.to_empty(device=device).requires_grad_(False)
+            self.model = build_model(sharded.config).to(dtype)
+        self._dense: dict[str, nn.Parameter] = {}
+        for prefix, module in self.model.named_modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                full_name = f"{prefix}.{name}"
+                if isinstance(module, Experts):
+                    module.register_parameter(name, _fixed(self._local(full_name)))
+                elif full_name in self._stored:
+                    self._dense[full_name] = _fixed(torch.empty(parameter.shape, dtype=dtype, device=device))
+                    module.register_parameter(name, self._dense[full_name])
+            if isinstance(module, Experts):
+                first = _first_expert(self._stored[f"{prefix}.gate_up_proj"])
+                module.compute = VisitExperts(dist.group.WORLD, first)
         self.model.tie_weights()
         self._drop()
 
@@ -34,18 +53,46 @@ class WholeModel:
     def gathered(self) -> Iterator[LanguageModel]:
         """Called by all ranks; one parameter at a time crosses between them."""
         try:
-            for name, parameter in self.model.named_parameters():
-                parameter.untyped_storage().resize_(parameter.numel() * parameter.element_size())
-                parameter.copy_(_full(self._stored[name]))
+            with torch.no_grad():
+                for name, parameter in self._dense.items():
+                    parameter.untyped_storage().resize_(parameter.numel() * parameter.element_size())
+                    parameter.copy_(_full(self._stored[name]))
+            self._require_one_copy()
             yield self.model
         finally:
             self._drop()
 
+    def _local(self, name: str) -> Tensor:
+        stored = self._stored[name]
+        assert isinstance(stored, DTensor), f"{name} was not sharded"
+        return stored.to_local().detach()
+
+    def _require_one_copy(self) -> None:
+        """The sampler's experts are the trainer's, in the same memory."""
+        for prefix, module in self.model.named_modules():
+            if isinstance(module, Experts):
+                for name, parameter in module.named_parameters(recurse=False):
+                    ours = self._local(f"{prefix}.{name}")
+                    assert parameter.data_ptr() == ours.data_ptr(), f"{prefix}.{name} has moved"
+                    assert parameter.shape == ours.shape, f"{prefix}.{name} was divided otherwise"
+
     def _drop(self) -> None:
-        for parameter in self.model.parameters():
+        for parameter in self._dense.values():
             parameter.untyped_storage().resize_(0)
+
+
+def _fixed(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
 
 
 def _full(stored: Tensor) -> Tensor:
     assert isinstance(stored, DTensor), "a sharded model has nothing but DTensors"
-    return stored.detach().full_tensor()
+    whole: Tensor = stored.full_tensor()
+    return whole.detach()
+
+
+def _first_expert(stored: Tensor) -> int:
+    """Of those that this rank owns, which follow each other; 0 where it owns none."""
+    assert isinstance(stored, DTensor), "a sharded model has nothing but DTensors"
+    chunks = stored.__create_chunk_list__()  # the question that torch's own checkpoints ask
+    return int(chunks[0].offsets[0]) if chunks else 0

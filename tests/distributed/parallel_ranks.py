@@ -18,11 +18,12 @@ from torch.distributed.tensor import DTensor
 
 from lockstep.algorithms import make_policy_loss
 from lockstep.config import BatchingOptions, OptimizerOptions
+from lockstep.errors import CheckpointError
 from lockstep.models import LanguageModel, build_model, read_model_config
 from lockstep.parallel.mesh import Layout, Meshes
 from lockstep.parallel.shard import shard_model, sharded_parameters
 from lockstep.trainer.batch import TrainSample
-from lockstep.trainer.engine import LogProbs, StepResult
+from lockstep.trainer.engine import LogProbs, StepResult, TrainingEngine
 from lockstep.trainer.parallel import ParallelTrainer
 
 OPTIONS: dict[str, Any] = {
@@ -63,6 +64,14 @@ class Case:
         batching = BatchingOptions(use_dynamic_batch_size=True, **self.batching)
         return OPTIONS | {"loss": loss, "routing": self.routing, "batching": batching, "reference": None}
 
+    def batches_for(self, trainer: TrainingEngine) -> list[list[TrainSample]]:
+        """Fresh ones; where the experts of before all steps serve training, they are recorded here."""
+        batches = copy.deepcopy(self.batches)
+        for samples in batches:
+            if self.routing == "old":
+                trainer.log_probs(samples)
+        return batches
+
     def model(self) -> LanguageModel:
         model = build_model(read_model_config(self.hf_config))
         model.load_state_dict(self.weights)
@@ -88,10 +97,7 @@ def run_rank(rank: int, world_size: int, layouts: list[dict[str, int]], root: Pa
         for path in sorted(root.glob("*.case")):
             case: Case = torch.load(path, weights_only=False)
             earlier = root / one_process(path.stem)
-            for sizes in layouts:
-                layout = Layout(world_size=world_size, **_for_layers(sizes, case))
-                if not _fits(layout, case):
-                    continue
+            for layout in dict.fromkeys(_layout_for(case, world_size, sizes) for sizes in layouts):
                 started = time.monotonic()
                 meshes[layout] = meshes.get(layout) or Meshes(layout, device.type)
                 name = f"{path.stem} {layout}"
@@ -108,19 +114,17 @@ def run_rank(rank: int, world_size: int, layouts: list[dict[str, int]], root: Pa
     os._exit(0)  # taking gloo down aborts now and then, in its own threads
 
 
-def _for_layers(sizes: dict[str, int], case: Case) -> dict[str, Any]:
-    """Uneven stages where the layers allow it: the last one, which has the head, gets other than its share."""
-    layers, stages = case.hf_config["num_hidden_layers"], sizes.get("pp_size", 1)
-    if stages == 1:
-        return sizes
-    possible = [last for last in range(1, layers - stages + 2) if (layers - last) % (stages - 1) == 0]
-    uneven = [last for last in possible if last * stages != layers]
-    return {**sizes, "decoder_last_pipeline_num_layers": (uneven or possible)[0]}
-
-
-def _fits(layout: Layout, case: Case) -> bool:
-    """A dense model is not asked for layouts of experts."""
-    return layout.ep_size == 1 or read_model_config(case.hf_config).num_experts > 0
+def _layout_for(case: Case, world_size: int, sizes: dict[str, int]) -> Layout:
+    """Without experts where there are none; stages are uneven where the layers allow it."""
+    config, sizes = read_model_config(case.hf_config), dict(sizes)
+    if not config.num_experts:
+        sizes |= {"ep_size": 1, "etp_size": 1}
+    layers, stages = config.num_hidden_layers, sizes.get("pp_size", 1)
+    if stages > 1:
+        possible = [last for last in range(1, layers - stages + 2) if (layers - last) % (stages - 1) == 0]
+        uneven = [last for last in possible if last * stages != layers]
+        sizes["decoder_last_pipeline_num_layers"] = (uneven or possible)[0]
+    return Layout(world_size=world_size, **sizes)
 
 
 def run_layout(case: Case, meshes: Meshes, device: torch.device, saved: Path, earlier: Path) -> list[str]:
@@ -129,10 +133,8 @@ def run_layout(case: Case, meshes: Meshes, device: torch.device, saved: Path, ea
     meshes.layout.check(model.config)
     shard_model(model, meshes, reduce_dtype=torch.float32)
     trainer = ParallelTrainer(model, meshes, device=device, **case.trainer_options())
-    batches = copy.deepcopy(case.batches)
+    batches = case.batches_for(trainer)
     problems = []
-    if case.routing == "old":
-        trainer.log_probs(batches[0])  # records the routes that the step replays
     result = trainer.step(batches[0])
     problems += [f"step 1: {p}" for p in differences(result, trainer, case.expected[0], case.tolerance)]
     if dist.get_rank() == 0:
@@ -140,11 +142,11 @@ def run_layout(case: Case, meshes: Meshes, device: torch.device, saved: Path, ea
     dist.barrier()
     trainer.save(saved)
     trainer.load(earlier)
-    before = trainer.log_probs(batches[1])
+    before = trainer.log_probs(copy.deepcopy(batches[1]))
     result = trainer.step(batches[1])
     problems += [f"step 2: {p}" for p in differences(result, trainer, case.expected[1], case.tolerance)]
     worst = max(float((a.log_probs - b.log_probs).abs().max()) for a, b in zip(before, result.policy, strict=True))
-    if worst > 10 * case.tolerance:
+    if case.routing == "own" and worst > 10 * case.tolerance:
         problems.append(f"log_probs differs from the training forward by {worst:.1e}")
     return problems
 
@@ -180,3 +182,76 @@ def _part_held(stored: DTensor, whole: Tensor) -> Tensor:
 def _flips(result: LogProbs) -> Tensor:
     """None says that no sample of the micro-batch had recorded routes, and micro-batches depend on the layout."""
     return torch.zeros_like(result.log_probs).bool() if result.routes_differ is None else result.routes_differ
+
+
+def run_rank_in_small_formats(rank: int, world_size: int, root: Path) -> None:
+    """bf16 weights in every layout, and 8-bit moments saved in one layout and loaded in another."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{root / 'store'}", rank=rank, world_size=world_size)
+    report: dict[str, Any] = {"errors": {}}
+    layouts = [Layout(world_size=world_size, **sizes) for sizes in ({}, {"tp_size": 2}, {"cp_size": 2}, {"ep_size": 2})]
+    meshes = {str(layout): Meshes(layout, "cpu") for layout in layouts}
+    for path in sorted(root.glob("*.case")):
+        case: Case = torch.load(path, weights_only=False)
+        for name in meshes:
+            if "ep" in name and path.stem == "dense":
+                continue
+            trainer = _small_trainer(case, meshes[name])
+            results = [trainer.step(samples) for samples in case.batches_for(trainer)]
+            report["errors"][f"{path.stem} {name}"] = [
+                error_of(result, expected) for result, expected in zip(results, case.expected, strict=True)
+            ]
+    eight_bit = {"use_precision_aware_optimizer": True, "exp_avg_dtype": "8bit", "exp_avg_sq_dtype": "8bit"}
+    case = torch.load(root / "dense.case", weights_only=False)
+    trainer = _small_trainer(case, meshes["tp2"], **eight_bit)
+    trainer.step(case.batches[0])
+    folder = root / "8 bit"
+    folder.mkdir(exist_ok=True)
+    trainer.save(folder)
+    again = _small_trainer(case, meshes["tp2"], **eight_bit)
+    again.load(folder)
+    before, after = (dict(t.optimizer.named_state()) for t in (trainer, again))
+    report["is_equal"] = all(torch.equal(before[name], after[name]) for name in before)
+    try:
+        _small_trainer(case, meshes["dp2"], **eight_bit).load(folder)
+    except CheckpointError as error:
+        report["refusal"] = str(error)
+    report |= reference_report(case, meshes["tp2"])
+    (root / f"rank_{rank}.json").write_text(json.dumps(report))
+    dist.barrier()
+    os._exit(0)
+
+
+def reference_report(case: Case, meshes: Meshes) -> dict[str, Any]:
+    """How far the reference model's log-probs are from the policy's, before and after it becomes the policy."""
+    trainer = _small_trainer(case, meshes)
+    trainer.reference = case.model().bfloat16()
+    shard_model(trainer.reference, meshes, reduce_dtype=None)
+    samples = case.batches[0]
+    first = trainer.step(samples).policy
+    frozen = trainer.log_probs(samples, reference=True)
+    trainer.update_reference()
+    now, moved = trainer.log_probs(samples), trainer.log_probs(samples, reference=True)
+    pairs = {
+        "reference_is_frozen": (first, frozen),
+        "reference_moved": (now, moved),
+        "policy_is_unchanged": (first, now),
+    }
+    return {
+        name: all(torch.equal(a.log_probs, b.log_probs) for a, b in zip(*results, strict=True))
+        for name, results in pairs.items()
+    }
+
+
+def _small_trainer(case: Case, meshes: Meshes, **optimizer: Any) -> ParallelTrainer:
+    model = case.model().bfloat16()
+    shard_model(model, meshes, reduce_dtype=torch.float32)
+    options = case.trainer_options()
+    options["optimizer"] = OptimizerOptions(**options["optimizer"].model_dump() | optimizer)
+    return ParallelTrainer(model, meshes, device=torch.device("cpu"), **options)
+
+
+def error_of(result: StepResult, expected: Expected) -> float:
+    """Root of the mean squared distance of all log-probs."""
+    pairs = zip(result.policy, expected.policy, strict=True)
+    return float(torch.cat([a.log_probs - b.log_probs for a, b in pairs]).square().mean().sqrt())

@@ -32,10 +32,10 @@ CONFIGS = {
 
 
 def write_folder(
-    folder: Path, family: str, *, max_shard_size: str = "1GB", dtype: torch.dtype = torch.float32
+    folder: Path, family: str, *, max_shard_size: str = "1GB", dtype: torch.dtype = torch.float32, **changes: Any
 ) -> PreTrainedModel:
     """An HF folder as transformers saves it."""
-    model = hf_model(CONFIGS[family]()).to(dtype)
+    model = hf_model(CONFIGS[family](**changes)).to(dtype)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     return model
 

@@ -1,15 +1,17 @@
 """Megatron-Core's own model and checkpoints on the CPU, with mbridge between its weights and HF's.
 
-Run by the tests in the environment of scripts/setup_megatron, one process or several; it imports nothing of Lockstep.
+Run by the tests in the environment of scripts/setup_megatron, as several processes that go through a list of cases. It
+imports nothing of Lockstep.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
+import sys
 import warnings
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,64 +38,76 @@ CudaRNGStatesTracker.fork = lambda *_, **__: nullcontext()  # there is no GPU's 
 VOCABULARY_MULTIPLE = 128
 
 
+@dataclass(frozen=True)
+class Case:
+    """What is loaded and saved, and in which layout."""
+
+    hf: str
+    """Folder with the config.json."""
+    out: str
+    """File for the logits, and for the weights as mbridge exports them."""
+    save: str
+    """Where Megatron saves the weights."""
+    load: str | None = None
+    """Checkpoint with the weights; random ones without it."""
+    tp: int = 1
+    ep: int = 1
+    etp: int = 1
+    moe_layer_freq: int | list[int] = 1
+    metadata: dict[str, Any] | None = None
+    """Of the sharded state dict that is saved."""
+    has_mtp: bool = False
+    te_names: bool = False
+    """Name the norms before experts as the layers of Transformer Engine do."""
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--hf", type=Path, required=True, help="folder that mbridge reads the shape from")
-    parser.add_argument("--load", type=Path, help="checkpoint for the weights; random ones without it")
-    parser.add_argument("--save", type=Path, help="where Megatron saves the weights")
-    parser.add_argument("--out", type=Path, required=True, help="logits, and the weights as mbridge exports them")
-    parser.add_argument("--tp", type=int, default=1)
-    parser.add_argument("--ep", type=int, default=1)
-    parser.add_argument("--etp", type=int, default=1)
-    parser.add_argument("--moe-layer-freq", type=json.loads, default=1)
-    parser.add_argument("--metadata", type=json.loads, help="of the sharded state dict that is saved")
-    parser.add_argument("--mtp", action="store_true", help="give Qwen3-Next the layer that predicts a second token")
-    parser.add_argument("--te-names", action="store_true", help="name norms as the layers of Transformer Engine do")
-    parser.add_argument("--rank", type=int, default=0)
-    parser.add_argument("--world-size", type=int, default=1)
-    parser.add_argument("--meeting", type=Path, required=True, help="file at which the processes find each other")
-    options = parser.parse_args()
-    dist.init_process_group(
-        "gloo", init_method=f"file://{options.meeting}", rank=options.rank, world_size=options.world_size
-    )
-    parallel_state.initialize_model_parallel(
-        options.tp, expert_model_parallel_size=options.ep, expert_tensor_parallel_size=options.etp
-    )
-    torch.manual_seed(dist.get_rank())
-    hf = AutoConfig.from_pretrained(options.hf)
-    bridge = None
-    if hf.model_type == "qwen3_next":  # mbridge does not know it
-        model = make_next_model(
-            hf,
-            vocab_size=padded(hf.vocab_size, options),
-            has_mtp=options.mtp,
-            parallel={"tensor_model_parallel_size": options.tp, "expert_model_parallel_size": options.ep},
-        )
-    else:
-        bridge = make_bridge(options)
-        model = make_model(bridge, options)
-    if options.load:
-        load(model, options.load)
-    weights = exported(bridge, model) if bridge else {}
-    logits = forward(model)
-    if options.save:
-        options.save.mkdir(parents=True, exist_ok=True)
-        state = {"model": model.sharded_state_dict(metadata=options.metadata)}
-        dist_checkpointing.save(state, str(options.save), content_metadata=options.metadata)
-    if dist.get_rank() == 0:
-        torch.save({"logits": logits, "weights": weights}, options.out)
+    cases, meeting, rank, world_size = sys.argv[1:]
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=int(rank), world_size=int(world_size))
+    for case in json.loads(Path(cases).read_text()):
+        run(Case(**case))
     dist.destroy_process_group()
 
 
-def padded(vocab_size: int, options: argparse.Namespace) -> int:
+def run(case: Case) -> None:
+    parallel_state.initialize_model_parallel(
+        case.tp, expert_model_parallel_size=case.ep, expert_tensor_parallel_size=case.etp
+    )
+    torch.manual_seed(dist.get_rank())
+    hf, bridge = AutoConfig.from_pretrained(case.hf), None
+    if hf.model_type == "qwen3_next":  # mbridge does not know it
+        model = make_next_model(
+            hf,
+            vocab_size=padded(hf.vocab_size, case),
+            has_mtp=case.has_mtp,
+            parallel={"tensor_model_parallel_size": case.tp, "expert_model_parallel_size": case.ep},
+        )
+    else:
+        bridge = make_bridge(case)
+        model = make_model(bridge, case)
+    if case.load:
+        load(model, Path(case.load))
+    else:
+        make_replicas_equal(model)
+    weights = exported(bridge, model) if bridge else {}
+    Path(case.save).mkdir(parents=True, exist_ok=True)
+    state = {"model": model.sharded_state_dict(metadata=case.metadata)}
+    dist_checkpointing.save(state, case.save, content_metadata=case.metadata)
+    logits = forward(model)
+    if dist.get_rank() == 0:
+        torch.save({"logits": logits, "weights": weights}, case.out)
+    parallel_state.destroy_model_parallel()
+
+
+def padded(vocab_size: int, case: Case) -> int:
     """The vocabulary as Megatron's trainer pads it."""
-    multiple = VOCABULARY_MULTIPLE * options.tp
+    multiple = VOCABULARY_MULTIPLE * case.tp
     return -(-vocab_size // multiple) * multiple
 
 
-def make_bridge(options: argparse.Namespace) -> Any:
+def make_bridge(case: Case) -> Any:
     """mbridge for the model type, with settings that a CPU can compute."""
-    bridge = AutoBridge.from_pretrained(str(options.hf), make_vocab_size_divisible_by=VOCABULARY_MULTIPLE * options.tp)
+    bridge = AutoBridge.from_pretrained(str(case.hf), make_vocab_size_divisible_by=VOCABULARY_MULTIPLE * case.tp)
     bridge.dtype = torch.float32
     hf = bridge.hf_config
     bridge.set_extra_args(
@@ -109,7 +123,7 @@ def make_bridge(options: argparse.Namespace) -> Any:
         **(
             {
                 "moe_grouped_gemm": False,
-                "moe_layer_freq": options.moe_layer_freq,
+                "moe_layer_freq": case.moe_layer_freq,
                 "moe_token_dispatcher_type": "allgather",  # the others want streams
                 "variable_seq_lengths": False,
             }
@@ -120,16 +134,16 @@ def make_bridge(options: argparse.Namespace) -> Any:
     return bridge
 
 
-def make_model(bridge: Any, options: argparse.Namespace) -> GPTModel:
+def make_model(bridge: Any, case: Case) -> GPTModel:
     """GPTModel of Megatron's local layers, every parameter drawn."""
     hf, config = bridge.hf_config, bridge.config
     spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm")
-    if options.te_names:
+    if case.te_names:
         for layer in spec.layer_specs:
             if "Moe" in str(layer.submodules.mlp.module) or "MoE" in str(layer.submodules.mlp.module):
                 layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
     bridge.vocab_size = hf.vocab_size
-    bridge.padded_vocab_size = padded(hf.vocab_size, options)
+    bridge.padded_vocab_size = padded(hf.vocab_size, case)
     model = GPTModel(
         config,
         spec,
@@ -147,6 +161,14 @@ def make_model(bridge: Any, options: argparse.Namespace) -> GPTModel:
     return model
 
 
+def make_replicas_equal(model: GPTModel) -> None:
+    """Megatron's trainer starts what several processes hold with equal values."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not getattr(parameter, "tensor_model_parallel", False) and ".local_experts." not in name:
+                dist.broadcast(parameter, src=0)
+
+
 def load(model: GPTModel, checkpoint: Path) -> None:
     metadata = dist_checkpointing.load_content_metadata(str(checkpoint))
     loaded = dist_checkpointing.load({"model": model.sharded_state_dict(metadata=metadata)}, str(checkpoint))
@@ -155,6 +177,7 @@ def load(model: GPTModel, checkpoint: Path) -> None:
 
 def forward(model: GPTModel) -> Tensor:
     """Logits of the first 16 token ids in order, without the padding of the vocabulary."""
+    model.mtp_process, model.config.mtp_num_layers = False, None  # it would want labels, and give a loss
     ids = torch.arange(16)[None]
     later = torch.ones(16, 16, dtype=torch.bool).triu(1)[None, None]
     with torch.no_grad():

@@ -48,8 +48,23 @@ def test_the_mtp_layer_comes_back_and_its_absence_is_said(tmp_path: Path) -> Non
     assert files_of(tmp_path / "left out") == files_of(tmp_path / "plain")
 
 
-def test_the_vocabulary_is_padded_with_zeros_to_128_rows_and_other_paddings_are_read(tmp_path: Path) -> None:
-    write_folder(tmp_path / "theirs", "dense")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_norm_that_megatron_stores_less_one_loses_no_bit(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Weights below 1/2 have bits that the difference has no room for in their own type."""
+    write_folder(tmp_path / "theirs", "next", dtype=dtype)
+    weights = torch.tensor([0.3, -0.7, 1e-3, -1e-4, 0.0, 0.499, 1.01, 5.3]).to(dtype)
+
+    def edit(tensors: dict[str, Tensor]) -> None:
+        tensors["model.layers.0.linear_attn.norm.weight"][: len(weights)] = weights
+
+    edited(tmp_path / "theirs", edit)
+    hf_to_torch_dist(tmp_path / "theirs", tmp_path / "megatron")
+    torch_dist_to_hf(tmp_path / "megatron", tmp_path / "theirs", tmp_path / "back")
+    assert files_of(tmp_path / "back") == files_of(tmp_path / "theirs")
+
+
+def test_the_vocabulary_is_padded_with_zeros_to_a_multiple_of_128_rows(tmp_path: Path) -> None:
+    write_folder(tmp_path / "theirs", "dense", vocab_size=130)
     hf_to_torch_dist(tmp_path / "theirs", tmp_path / "megatron")
     reader = TorchDistReader(tmp_path / "megatron/release")
     for name, hf_name in (
@@ -57,9 +72,9 @@ def test_the_vocabulary_is_padded_with_zeros_to_128_rows_and_other_paddings_are_
         ("output_layer.weight", "lm_head.weight"),
     ):
         stored, rows = reader.read(name), tensors_of(tmp_path / "theirs")[hf_name]
-        assert stored.shape == (128, rows.shape[1])
-        assert torch.equal(stored[:97], rows)
-        assert stored[97:].count_nonzero() == 0
+        assert stored.shape == (256, rows.shape[1])
+        assert torch.equal(stored[:130], rows)
+        assert stored[130:].count_nonzero() == 0
 
 
 def test_a_tied_head_that_is_stored_comes_back_and_is_stored_once_by_megatron(tmp_path: Path) -> None:

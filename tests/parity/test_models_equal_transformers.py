@@ -76,6 +76,13 @@ def test_the_seeds_cover_every_kind_of_config() -> None:
     assert any(c.num_key_value_heads < c.num_attention_heads for c in configs)
 
 
+@pytest.mark.parametrize("changes", [{"hidden_size": 30}, {"moe_intermediate_size": 18}])
+def test_widths_that_grouped_products_refuse_are_computed_all_the_same(changes: dict[str, int]) -> None:
+    """`grouped_mm` wants rows of a multiple of 16 bytes."""
+    theirs, documents = hf_model(moe_config(0, **changes)), random_documents(LENGTHS)
+    assert relative_error(packed_logits(twin_of(theirs), documents), hf_logits(theirs, documents)) <= 1e-5
+
+
 def test_the_seeds_of_the_hybrid_cover_every_order_of_its_layers() -> None:
     configs = [next_config(seed) for seed in range(6)]
     assert all(set(c.layer_types) == {"linear_attention", "full_attention"} for c in configs)

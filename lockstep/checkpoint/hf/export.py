@@ -39,7 +39,8 @@ def save_hf_model(model: LanguageModel, folder: Path, *, source: Path, on_bytes:
 
     The folder gets the tensors of `source`, in the same files under the same index. Tensors that the model does not
     compute with are copied. All are written in the model's type, which config.json then says; FP8 is not written.
-    A model of DTensors is exported by all processes together: rank 0 writes, and gets one tensor at a time.
+    A model of DTensors, or of pipeline stages, is exported by all processes together: rank 0 writes, and gets one
+    tensor at a time.
 
     Raises:
         OptionError: `folder` is `source`, or no earlier export.
@@ -48,7 +49,7 @@ def save_hf_model(model: LanguageModel, folder: Path, *, source: Path, on_bytes:
     """
     require_replaceable(folder, source=source)
     matched = match(model, source)
-    dtype = model.lm_head.weight.dtype
+    dtype = next(model.parameters()).dtype
     plan = _plan(matched, dtype)
     if not any(place.holding.is_sharded for place in matched.places.values()):
         _write(folder, matched, plan, dtype, _gathered(matched, plan), on_bytes)

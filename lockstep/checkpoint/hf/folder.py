@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lockstep.checkpoint.hf.files import TensorInfo, WeightFiles
 from lockstep.checkpoint.hf.fp8 import SCALE_SUFFIX, Blocks, read_quantization, require_readable, require_weight
 from lockstep.checkpoint.hf.shards import Holding, Index
 from lockstep.errors import ModelError
-from lockstep.models import LanguageModel
+from lockstep.models import LanguageModel, build_model
 from lockstep.models.hf_names import hf_tensors
 
 OnBytes = Callable[[int, int], None]
@@ -103,10 +105,20 @@ def match(model: LanguageModel, folder: Path) -> Matched:
 
 
 def _places(model: LanguageModel) -> dict[str, Place]:
+    """Of the whole model, also where this process has one stage of it."""
+    here = dict(model.named_parameters())
+    any_parameter = next(iter(here.values()))
+    if model.config.tie_word_embeddings and EMBEDDING not in here and HEAD in here:
+        here[EMBEDDING] = here[HEAD]  # a last stage has a copy of its own
+    with torch.device("meta"):
+        shapes = {name: parameter.shape for name, parameter in build_model(model.config).named_parameters()}
+    holdings = {
+        name: Holding(here[name]) if name in here else Holding.of_nothing(shape, any_parameter)
+        for name, shape in shapes.items()
+    }
     return {
         tensor.name: Place(holding, tensor.index)
-        for name, parameter in model.named_parameters()
-        for holding in [Holding(parameter)]
+        for name, holding in holdings.items()
         for tensor in hf_tensors(name, holding.shape)
     }
 

@@ -50,6 +50,14 @@ class Holding:
         else:
             self._held, self._local = whole(self.shape), parameter.detach()
 
+    @classmethod
+    def of_nothing(cls, shape: Sequence[int], like: Tensor) -> Holding:
+        """Of a parameter that other processes hold, this one none of it; `like` says type and device."""
+        holding = cls(torch.empty(0, dtype=like.dtype, device=like.device))
+        holding.shape, holding.is_sharded = tuple(shape), True
+        holding._held = tuple(slice(0, 0) for _ in shape)
+        return holding
+
     def indexed_shape(self, index: Index) -> tuple[int, ...]:
         """The shape of `parameter[index]`."""
         index = self._padded(index)

@@ -127,7 +127,7 @@ class MinusOne:
     """A norm that scales by its weight in HF, and by 1 + weight in Megatron.
 
     The difference is stored in the next wider type, or going back would lose bits of weights below 1/2. That is exact
-    unless a weight is below 2^-16 (bfloat16), 2^-13 (float16) or 2^-29 (float32).
+    unless a weight is below 2^-17 (bfloat16) or 2^-30 (float32).
     """
 
     keeps_dtype: ClassVar[bool] = False

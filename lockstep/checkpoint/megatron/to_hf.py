@@ -26,6 +26,7 @@ from lockstep.checkpoint.hf.files import (
 from lockstep.checkpoint.hf.files import _read_index as read_index
 from lockstep.checkpoint.hf.folder import OnBytes, read_hf_config
 from lockstep.checkpoint.hf.fp8 import SCALE_SUFFIX
+from lockstep.checkpoint.megatron.ahead import one_ahead
 from lockstep.checkpoint.megatron.layouts import Vocabulary
 from lockstep.checkpoint.megatron.mapping import ALSO_READ, MTP_PREFIX, TIED_HEAD, Mapping, Place, Unit
 from lockstep.checkpoint.megatron.ranks import ALONE, Ranks
@@ -242,20 +243,27 @@ def _write_part(
     files = ranks.share(list(plan), nbytes)
     done, total = 0, sum(map(nbytes, files))
 
-    def tensors(infos: Dict[str, TensorInfo]) -> Iterator[Tensor]:
+    def report(tensors: Iterator[Tensor]) -> Iterator[Tensor]:
         nonlocal done
-        waiting: dict[str, Tensor] = {}
-        for name, info in infos.items():
-            if name not in waiting:
-                parts = stored.hf_tensors(stored.unit_of[name])
-                waiting |= {part: tensor for part, tensor in parts.items() if part in infos}
-            yield waiting.pop(name).to(FLOATS[info.dtype])
-            done += info.nbytes
+        for tensor in tensors:
+            yield tensor
+            done += tensor.nbytes
             if on_bytes is not None:
                 on_bytes(done, total)
 
     for file in files:
-        write_safetensors(folder / file, plan[file], tensors(plan[file]), {"format": "pt"})
+        tensors = one_ahead(_converted(stored, plan[file]))
+        write_safetensors(folder / file, plan[file], report(tensors), {"format": "pt"})
+
+
+def _converted(stored: _Stored, infos: Dict[str, TensorInfo]) -> Iterator[Tensor]:
+    """The tensors of a file in their order; of a unit that is read, the others wait for their turn."""
+    waiting: dict[str, Tensor] = {}
+    for name, info in infos.items():
+        if name not in waiting:
+            parts = stored.hf_tensors(stored.unit_of[name])
+            waiting |= {part: tensor for part, tensor in parts.items() if part in infos}
+        yield waiting.pop(name).to(FLOATS[info.dtype])
 
 
 def _write_index(folder: Path, hf_checkpoint: Path, plan: Dict[str, Dict[str, TensorInfo]]) -> None:

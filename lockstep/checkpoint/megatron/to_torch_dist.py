@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from lockstep.checkpoint.hf.fp8 import (
     require_weight,
 )
 from lockstep.checkpoint.hf.shards import whole
+from lockstep.checkpoint.megatron.ahead import one_ahead
 from lockstep.checkpoint.megatron.mapping import VOCABULARY_MULTIPLE, Mapping, Unit
 from lockstep.checkpoint.megatron.ranks import ALONE, Ranks
 from lockstep.checkpoint.megatron.torch_dist import (
@@ -137,26 +138,29 @@ def _write_part(
         return sum(files.tensors[name].nbytes for name in unit.hf)
 
     units = ranks.share(mapping.units, nbytes)
-    total, done, kept = sum(map(nbytes, units)), 0, 0
+    done, total = 0, sum(map(nbytes, units))
     states = _extra_states(mapping) if ranks.rank == 0 else ()
     with TorchDistWriter(folder, ranks.rank) as writer:
         for key in states:
             writer.add_object(key, _no_state())
-        for unit in units:
-            tensors = unit.layout.to_megatron([_read(files, name, blocks) for name in unit.hf])
+        for unit, tensors in one_ahead(_converted(units, files, blocks)):
             for place, tensor in zip(unit.places, tensors, strict=True):
-                key, lead = (
-                    place.key(stacks_layers=mapping.stacks_layers),
-                    place.lead(stacks_layers=mapping.stacks_layers),
-                )
-                writer.add_tensor(key, tensor, lead)
-            done, kept = done + nbytes(unit), kept + nbytes(unit)
-            if kept >= _GIVE_BACK_EVERY:
-                files.close()
-                kept = 0
+                key = place.key(stacks_layers=mapping.stacks_layers)
+                writer.add_tensor(key, tensor, place.lead(stacks_layers=mapping.stacks_layers))
+            done += nbytes(unit)
             if on_bytes is not None:
                 on_bytes(done, total)
         return writer.written
+
+
+def _converted(units: Sequence[Unit], files: WeightFiles, blocks: Blocks | None) -> Iterator[tuple[Unit, list[Tensor]]]:
+    """Each unit with its tensors in Megatron's layout."""
+    given_back = files.bytes_read
+    for unit in units:
+        yield unit, unit.layout.to_megatron([_read(files, name, blocks) for name in unit.hf])
+        if files.bytes_read - given_back >= _GIVE_BACK_EVERY:
+            files.close()
+            given_back = files.bytes_read
 
 
 def _extra_states(mapping: Mapping) -> Iterator[str]:

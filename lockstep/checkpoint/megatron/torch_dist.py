@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
@@ -151,7 +151,7 @@ class TorchDistReader:
     def _load(self, name: str, chunk: _Chunk) -> Tensor:
         path = self.folder / chunk.stored.relative_path
         with _reading(path), path.open("rb") as file:
-            part = _create_file_view(file, chunk.stored.offset, chunk.stored.length)
+            part = cast(IO[bytes], _create_file_view(file, chunk.stored.offset, chunk.stored.length))
             tensor: Tensor = torch.load(part, map_location="cpu", weights_only=True)
         if tuple(tensor.shape) != chunk.sizes or tensor.dtype != self.dtype(name):
             raise CheckpointError(

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lockstep.kernels.linear_log_probs import (
     KeptTokens,
     default_chunk_rows,
+    even_chunk_rows,
     linear_log_probs,
     linear_log_probs_reference,
 )
@@ -211,3 +212,12 @@ def test_default_chunks_fit_their_budget() -> None:
     assert default_chunk_rows(151_936, "cpu") * 151_936 * 4 < 64 * 2**20
     assert default_chunk_rows(151_936, "cuda") * 151_936 * 4 < 256 * 2**20
     assert default_chunk_rows(10**7, "cpu") == 64
+
+
+def test_even_chunks_are_as_few_as_allowed_and_of_about_one_size() -> None:
+    assert even_chunk_rows(16384, 4417) == 4096
+    assert even_chunk_rows(16384, 3533) == 3328  # five of them, the last 3072
+    assert even_chunk_rows(4500, 4417) == 2304
+    assert even_chunk_rows(100, 4417) == 128
+    assert even_chunk_rows(0, 4417) == 128
+    assert even_chunk_rows(16384, 64) == 64
