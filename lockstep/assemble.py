@@ -15,7 +15,8 @@ import torch
 from lockstep.algorithms import AdvantageEstimator, make_advantage_estimator
 from lockstep.checkpoint.hf import read_hf_config
 from lockstep.checkpoint.training import find_checkpoint, read_state
-from lockstep.cluster import require_possible, start_workers
+from lockstep.cluster.parts import pick_device
+from lockstep.cluster.start import require_possible, start_workers
 from lockstep.config import Config
 from lockstep.config.hooks import load_function, load_hook, load_optional_hook, our_path
 from lockstep.config.model_flags import check_model_flags
@@ -24,12 +25,17 @@ from lockstep.data.chat import SftTokenizer
 from lockstep.data.choose_source import DataSource, make_data_source
 from lockstep.errors import ModelError
 from lockstep.models import ModelConfig, read_model_config
+from lockstep.plan import Hardware, Prediction, predict
+from lockstep.plan.batches import longest_context
+from lockstep.plan.meter import MemoryMeter, NoMeter, ProcessMeter
 from lockstep.rewards import RewardPool
+from lockstep.rollout.engine import RolloutEngine
 from lockstep.rollout.evaluation import EvalSet, load_eval_sets
 from lockstep.rollout.generate import RolloutContext, generate_rollout
 from lockstep.rollout.hooks import RolloutHooks
 from lockstep.rollout.policy import Policy
 from lockstep.rollout.sft import SftRollout
+from lockstep.rollout.sglang.open import open_sglang
 from lockstep.run import Run, resume_run
 
 _DEFAULT_ROLLOUT = "lockstep.rollout.generate.generate_rollout"
@@ -56,21 +62,29 @@ def assemble(config: Config, stack: AsyncExitStack, on_sample: Callable[[int], N
     is_sft = config.algorithm.loss_type == "sft_loss"
     data_source = make_data_source(config, tokenizer)
     num_rollout = _num_rollout(config, data_source)
-    max_context_len = _max_context_len(config, model_config)
+    max_context_len = longest_context(config, model_config)
     eval_sets = load_eval_sets(config, tokenizer, model_config.max_position_embeddings)
     hooks = RolloutHooks.from_config(config)
     samples_something = not config.debug.samples_nothing and (not is_sft or bool(eval_sets))
-    require_possible(config, model_config, samples_something=samples_something)
+    is_embedded = config.rollout.rollout_engine == "embedded"
+    require_possible(config, model_config, samples_something=samples_something and is_embedded)
+    prediction, memory = _memory(config, model_config, samples=samples_something and is_embedded)
+    memory.start()
 
     checkpoint = find_checkpoint(Path(config.checkpoint.load)) if config.checkpoint.load else None
     num_steps = num_rollout * config.rollout.steps_per_rollout
     workers = start_workers(config, stack, num_steps=num_steps, on_sample=on_sample)
-    engine, context, kv_tokens = None, None, None
+    engine: RolloutEngine | None = None
+    context, kv_tokens = None, None
     if samples_something:
-        longest = max([max_context_len, *(_longest_eval(config, eval_set) for eval_set in eval_sets)])
-        kv_tokens = _kv_tokens(config, checkpoint) or workers.kv_tokens(longest)
-        engine = workers.open_engine(kv_tokens, max_context_len)
-        stack.callback(engine.close)
+        if is_embedded:
+            longest = max([max_context_len, *(_longest_eval(config, eval_set) for eval_set in eval_sets)])
+            planned = prediction.kv_tokens if prediction is not None and prediction.num_gpus else None
+            kv_tokens = _kv_tokens(config, checkpoint) or planned or workers.kv_tokens(longest)
+            engine = workers.open_engine(kv_tokens, max_context_len)
+            stack.callback(engine.close)
+        else:
+            engine = open_sglang(config, model_config, workers.trainer, pick_device(config), stack)
         context = RolloutContext(
             policy=Policy(
                 engine=engine,
@@ -115,9 +129,21 @@ def assemble(config: Config, stack: AsyncExitStack, on_sample: Callable[[int], N
         num_rollout=num_rollout,
         next_rollout_id=config.rollout.start_rollout_id or 0,
         kv_tokens=kv_tokens,
+        memory=memory,
     )
     resume_run(run, checkpoint)
+    memory.stop("load")
     return run
+
+
+def _memory(config: Config, model: ModelConfig, *, samples: bool) -> tuple[Prediction | None, MemoryMeter]:
+    """What a run in this process will take, and what measures it; ranks in processes of their own are not measured."""
+    if config.cluster.actor_num_gpus_per_node > 1:
+        return None, NoMeter()
+    device = pick_device(config)
+    hardware = Hardware.of_this_machine(with_gpus=device.type == "cuda")
+    prediction = predict(config, model, hardware, samples=samples)
+    return prediction, ProcessMeter(prediction, device)
 
 
 def _rollout_function(path: str, option: str) -> Callable[..., Any]:
@@ -149,14 +175,6 @@ def _num_rollout(config: Config, data_source: DataSource) -> int:
     if options.num_rollout is not None or options.num_epoch is None:
         return options.num_rollout or 0
     return data_source.num_rollout(options.num_epoch, options.rollout_batch_size)
-
-
-def _max_context_len(config: Config, model: ModelConfig) -> int:
-    options = config.rollout
-    limit = options.rollout_max_context_len
-    if limit is None and options.rollout_max_prompt_len is not None:
-        limit = options.rollout_max_prompt_len + options.rollout_max_response_len
-    return min(limit or model.max_position_embeddings, model.max_position_embeddings)
 
 
 def _sampling_params(config: Config) -> dict[str, Any]:

@@ -11,8 +11,9 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, requires
 from math import inf
 from pathlib import Path
@@ -38,7 +39,8 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Machine:
-    """What was found. A package is None when it is missing; `required` holds (package, condition) pairs."""
+    """What was found. A package is None when it is missing; `required` holds (package, condition) pairs, `broken`
+    (package, error) pairs of required packages that are there and cannot be imported."""
 
     python: str
     packages: dict[str, str | None]
@@ -52,6 +54,7 @@ class Machine:
     memory_left: int
     disk_left: int
     folder: str
+    broken: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class Finding:
     says: str = ""
 
 
+IMPORTED_AS = {"pyyaml": "yaml", "math-verify": "math_verify", "tomli-w": "tomli_w"}
 OPTIONAL = ("triton", "fla-core", "ray", "sglang", "wandb", "tensorboard")
 
 
@@ -80,10 +84,11 @@ def look(folder: Path) -> Machine:
         gpus=gpus,
         driver=_driver(Path("/proc/driver/nvidia/version")),
         cpu_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        omp_threads=int(os.environ.get("OMP_NUM_THREADS") or 0),
+        omp_threads=_omp_threads(os.environ.get("OMP_NUM_THREADS", "")),
         memory_left=_memory_left(),
         disk_left=shutil.disk_usage(folder).free,
         folder=str(folder.resolve()),
+        broken=tuple(_broken(name for name, _ in required if name != "torch" and installed(name))),
     )
 
 
@@ -95,6 +100,20 @@ def _required() -> tuple[tuple[str, str], ...]:
         return ()
     found = [re.match(r"([\w.-]+)\s*(.*)", line) for line in lines if "extra ==" not in line]
     return tuple((match[1], match[2]) for match in found if match)
+
+
+def _broken(packages: Iterable[str]) -> Iterator[tuple[str, str]]:
+    for name in packages:
+        try:
+            import_module(IMPORTED_AS.get(name, name))
+        except Exception as error:  # a broken installation fails in many ways
+            yield name, f"{type(error).__name__}: {error}"
+
+
+def _omp_threads(text: str) -> int:
+    """The first number of a list such as "4,2" (one per nesting level); 0 where none is set."""
+    found = re.match(r"\s*(\d+)", text)
+    return int(found[1]) if found else 0
 
 
 def _look_at_torch() -> tuple[str | None, str | None, tuple[Gpu, ...]]:
@@ -139,6 +158,7 @@ def check_required(machine: Machine) -> Finding:
         for name, condition in machine.required
         if not fits(version := machine.packages.get(name), condition)
     ]
+    wrong += [f"{name} cannot be imported: {error}" for name, error in machine.broken]
     if wrong:
         return Finding(
             "required packages", "; ".join(wrong), "stops", "`pip install lockstep-rl` brings the right ones."
@@ -280,9 +300,12 @@ def main(as_json: bool) -> int:
 
 
 def _print_table(findings: list[Finding]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:  # a line above says so
+        print(*(f"{finding.subject}: {finding.found} {finding.level} {finding.says}" for finding in findings), sep="\n")
+        return
     table = Table("", "found", "what it means", box=None, pad_edge=False)
     styles = {"fine": "", "costs": "yellow", "stops": "bold red"}
     for finding in findings:

@@ -95,6 +95,8 @@ async def _train(run: Run, observer: Observer, stop: GracefulStop) -> int:
             raise
         run.next_rollout_id = rollout_id + 1
         await finish_step(run, observer, stop, metrics)
+    for line in run.memory.summary():
+        observer.note(line)
     return 0
 
 
@@ -232,6 +234,7 @@ async def _with_run(config: Config, work: Callable[[Run, Observer, GracefulStop]
         progress = RunProgress(config.logging.run_dir, config.rollout.num_rollout or 0)
         clock = Clock(progress)
         run = assemble(config, stack, on_sample=clock.advance)
+        clock.memory = run.memory
         progress.num_steps, progress.start_step = run.num_rollout, run.next_rollout_id
         if run.context is not None:
             await stack.enter_async_context(run.context.rewards)

@@ -212,6 +212,15 @@ PERF = (
         "down",
     ),
     Metric("perf/actor_train_tok_per_s", "tokens/s", "Tokens trained on per second of `perf/actor_train_time`.", "up"),
+    *(
+        _ours(f"perf/memory_{kind}/{{load,rollout,log_probs,train,save}}", "GiB", meaning)
+        for kind, meaning in {
+            "gpu": "Most memory that tensors took on the GPU in this phase.",
+            "gpu_predicted": "The same by the plan: see [memory.md](memory.md).",
+            "host": "Most memory of the machine that the run's processes took in this phase.",
+            "host_predicted": "The same by the plan.",
+        }.items()
+    ),
 )
 
 EVAL = (

@@ -13,6 +13,7 @@ from typing import Any
 from lockstep import metrics as declared
 from lockstep.config.hooks import load_optional_hook
 from lockstep.errors import writing
+from lockstep.plan.meter import MemoryMeter, NoMeter
 from lockstep.report.samples import write_samples
 from lockstep.rewards import FAILURES, Outcome
 from lockstep.run import Run
@@ -26,19 +27,32 @@ KEPT_SAMPLES = 64
 """Samples of each rollout that are written for the report; whole groups, the first ones."""
 
 
+_MEASURED = {
+    "perf/rollout_time": "rollout",
+    "perf/eval_time": "rollout",
+    "perf/log_probs_time": "log_probs",
+    "perf/ref_log_probs_time": "log_probs",
+    "perf/actor_train_time": "train",
+    "perf/save_model_time": "save",
+}
+"""Metric of a phase's time -> the name under which its memory is measured."""
+
+
 class Clock:
-    """Seconds by metric name, added up until they are taken; and the phase that is on show."""
+    """Seconds by metric name, added up until they are taken; and the phase that is on show, with its memory."""
 
     def __init__(self, progress: RunProgress) -> None:
         self.progress = progress
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._phase: Phase | None = None
         self._started = time.perf_counter()
+        self.memory: MemoryMeter = NoMeter()
 
     @contextmanager
     def phase(self, name: str, total: int | None, metric: str) -> Iterator[None]:
         """Show and time a part of a step."""
         started = time.perf_counter()
+        self.memory.start()
         with self.progress.phase(name, total) as phase:
             self._phase = phase
             try:
@@ -46,6 +60,7 @@ class Clock:
             finally:
                 self._phase = None
                 self._seconds[metric] += time.perf_counter() - started
+                self.memory.stop(_MEASURED[metric])
 
     def advance(self, count: int = 1) -> None:
         """One more sample of the current phase is done."""
@@ -160,9 +175,9 @@ class Observer:
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Close a step."""
-        times = self.clock.take()
-        declared.check(times)
-        metrics = metrics | times
+        taken = self.clock.take() | self.clock.memory.take()
+        declared.check(taken)
+        metrics = metrics | taken
         if "perf/actor_train_time" in metrics:
             metrics["perf/actor_train_tok_per_s"] = metrics["train/tokens"] / metrics["perf/actor_train_time"]
         with writing(self.run.run_dir):

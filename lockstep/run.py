@@ -29,6 +29,7 @@ from lockstep.config import Args, Config
 from lockstep.data.choose_source import DataSource, SlimeDataSource
 from lockstep.earlier import set_aside
 from lockstep.errors import CheckpointError, OptionError, writing
+from lockstep.plan.meter import MemoryMeter, NoMeter
 from lockstep.rollout.engine import RolloutEngine
 from lockstep.rollout.generate import RolloutContext
 from lockstep.tracking import TrackerGroup, make_trackers
@@ -70,6 +71,7 @@ class Run:
     unlogged: dict[str, float] | None = None
     """Metrics of a step that was trained, but whose evaluation was cut off; the step before `next_rollout_id`."""
     trackers: TrackerGroup = field(default_factory=lambda: TrackerGroup([]))
+    memory: MemoryMeter = field(default_factory=NoMeter)
 
     def state(self) -> dict[str, Any]:
         """All counters of a step border, as JSON."""

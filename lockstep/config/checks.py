@@ -92,8 +92,8 @@ def reference_must_be_in_hf_format(ref_load: str | None) -> None:
         raise OptionError(
             "--ref-load",
             ref_load,
-            "it is a Megatron checkpoint, which cannot be read yet.",
-            "Give the reference model's folder in HF format.",
+            "it is a Megatron checkpoint; the reference is read from a folder in HF format.",
+            "Convert it with `lockstep convert torch-dist-to-hf`.",
         )
 
 
@@ -128,6 +128,7 @@ def check_training(config: Config) -> None:
             "there is nothing to train on.",
             "Give --load-debug-rollout-data with the files that --save-debug-rollout-data wrote.",
         )
+    check_engine(config)
     check_reward_options(config.args())
     default_source = type(config.data).model_fields["data_source_path"].default
     reads_a_file = our_path(config.data.data_source_path) == default_source
@@ -147,12 +148,67 @@ def check_training(config: Config) -> None:
         )
 
 
+def check_engine(config: Config) -> None:
+    """What the engine needs, or cannot use.
+
+    Raises:
+        OptionError: naming what works.
+    """
+    cluster, sglang, rollout = config.cluster, config.sglang, config.rollout
+    if rollout.rollout_engine == "embedded":
+        _needs_servers("--rollout-num-gpus", cluster.rollout_num_gpus)
+        _needs_servers("--rollout-external-engine-addrs", " ".join(sglang.rollout_external_engine_addrs))
+        return
+    if not sglang.sglang_python and not sglang.rollout_external_engine_addrs:
+        raise OptionError(
+            "--sglang-python",
+            None,
+            "servers have to be started.",
+            "Give the Python of the environment that SGLang is installed in, or --rollout-external-engine-addrs.",
+        )
+    num_gpus = cluster.rollout_num_gpus or cluster.actor_num_gpus_per_node
+    if not sglang.rollout_external_engine_addrs and num_gpus % cluster.rollout_num_gpus_per_engine:
+        raise OptionError(
+            "--rollout-num-gpus-per-engine",
+            cluster.rollout_num_gpus_per_engine,
+            f"it does not divide the {num_gpus} GPUs of the servers.",
+            f"Use {_nearest_divisor(num_gpus, cluster.rollout_num_gpus_per_engine)}.",
+        )
+    if rollout.rollout_top_p < 1 or rollout.rollout_top_k > 0:
+        cuts = rollout.rollout_top_p < 1
+        raise OptionError(
+            "--rollout-top-p" if cuts else "--rollout-top-k",
+            rollout.rollout_top_p if cuts else rollout.rollout_top_k,
+            "SGLang does not say which tokens it chose from, so the trainer could not renormalise over them.",
+            "Leave it out, or sample with --rollout-engine embedded.",
+        )
+    transport = config.weight_sync.update_weight_transport
+    if cluster.actor_num_gpus_per_node > 1 and transport in ("nccl", "tensor"):
+        raise OptionError(
+            "--update-weight-transport",
+            transport,
+            "weights that are divided over processes go to servers by disk.",
+            "Use disk, or leave it out.",
+        )
+
+
+def _needs_servers(flag: str, value: object) -> None:
+    if value:
+        raise OptionError(
+            flag,
+            value,
+            "the embedded engine samples on the trainer's own parameters, where they are.",
+            "Leave it out, or use --rollout-engine sglang.",
+        )
+
+
 def check_evaluation(config: Config) -> None:
     """What `lockstep eval` needs beyond a consistent config.
 
     Raises:
         OptionError: there is no data set.
     """
+    check_engine(config)
     if not config.eval.eval_prompt_data and config.eval.eval_config is None:
         raise OptionError(
             "--eval-prompt-data", None, "there is no data set to evaluate on.", "Give pairs of name and path."

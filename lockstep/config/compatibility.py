@@ -109,9 +109,9 @@ def _never(
 
 _ONE_MACHINE = "training over several machines is not there yet."
 _USE_ONE_MACHINE = "Use 1 (or leave it out): --actor-num-gpus-per-node counts the GPUs of this machine."
-_NO_SERVERS = "SGLang servers are not there yet; the embedded engine samples."
-_USE_EMBEDDED = "Leave it out: the embedded engine samples on the trainer's own parameters."
-_NOTHING_SENT = "the embedded engine samples on the trainer's own parameters, so no weights are sent."
+_NO_ROUTER = "a router is not there yet: requests go straight to the servers, which are all alike."
+_USE_NO_ROUTER = "Leave it out; --rollout-external-engine-addrs names servers of your own."
+_SENT_WHOLE = "weights are sent whole, and nothing of them is kept on the way."
 _ALL_TO_ALL = "rows travel to experts on other ranks by all-to-all, whatever this says; results do not depend on it."
 _SPEED_ONLY = "it chooses a kernel or a schedule and changes speed only."
 _CHECKED = "never needed; checked against the HF config, and a disagreement stops."
@@ -124,18 +124,14 @@ SECTIONS: dict[str, list[SlimeFlag]] = {
         *_later("--actor-num-nodes", why=_ONE_MACHINE, use=_USE_ONE_MACHINE, works=1),
         *_same("--actor-num-gpus-per-node",
                note="Defaults to 1 (slime: 8). Each GPU has a process; with `--device cpu` there are only processes."),
-        *_later(
-            "--rollout-num-gpus",
-            why="separate rollout GPUs are not there yet.",
-            use="Leave it out: rollout and training share their device.",
-        ),
-        *_accepted("--rollout-num-gpus-per-engine", why="it places SGLang's servers; the embedded engine has none."),
+        *_same("--rollout-num-gpus", note="For `--rollout-engine sglang`; without it servers share training's GPUs."),
+        *_same("--rollout-num-gpus-per-engine", note="For `--rollout-engine sglang`."),
         *_accepted("--num-gpus-per-node", why="`--actor-num-gpus-per-node` says how many are used."),
         SlimeFlag(
             "--colocate",
             Status.ACCEPTED,
-            "rollout and training always share their device, and the weights too.",
-            "Leave it out: separate rollout GPUs are not there yet.",
+            "rollout and training share their device, unless `--rollout-num-gpus` gives servers GPUs of their own.",
+            "Leave it out, and give --rollout-engine sglang with --rollout-num-gpus.",
             "none",
             works=(True,),
         ),
@@ -198,7 +194,7 @@ SECTIONS: dict[str, list[SlimeFlag]] = {
         *_same("--rollout-all-samples-process-path"),
         *_same("--rollout-data-postprocess-path",
                note="`rollout_data` is a `lockstep.training_data.TrainingData` of objects, not a dict of lists."),
-        *_later("--rollout-external-engine-addrs", words="many", why=_NO_SERVERS, use=_USE_EMBEDDED),
+        *_same("--rollout-external-engine-addrs", note="For `--rollout-engine sglang`."),
         *_accepted("--rollout-data-transport", why="samples never leave the machine."),
         *_later("--buffer-sort-by-staleness", words="none", why="the buffer keeps its order.",
                 use="Sort in a --buffer-filter-path function."),
@@ -297,31 +293,34 @@ SECTIONS: dict[str, list[SlimeFlag]] = {
         *_same("--eval-input-key", "--eval-label-key", "--eval-tool-key", "--eval-function-path"),
     ],
     "Weight sync": [
-        *_accepted("--update-weight-mode", "--update-weight-transport", "--update-weight-disk-dir",
-                   "--update-weight-local-checkpoint-dir", "--update-weight-delta-encoding",
-                   "--update-weight-delta-checksum", "--update-weight-buffer-size", why=_NOTHING_SENT),
-        *_accepted("--update-weight-disk-keep-files", "--check-weight-update-equal", words="none", why=_NOTHING_SENT),
-        *_later("--update-weights-interval", works=1, why="the embedded engine always samples with the newest weights.",
+        *_same("--update-weight-mode", refused={"delta": "weights are sent whole."}, remedy="Use full."),
+        *_same("--update-weight-transport", note="`tensor` besides. The embedded engine needs none."),
+        *_same("--update-weight-disk-dir", "--update-weight-buffer-size", "--check-weight-update-equal",
+               note="For `--rollout-engine sglang`."),
+        *_accepted("--update-weight-local-checkpoint-dir", "--update-weight-delta-encoding",
+                   "--update-weight-delta-checksum", why=_SENT_WHOLE),
+        *_accepted("--update-weight-disk-keep-files", words="none", why=_SENT_WHOLE),
+        *_later("--update-weights-interval", works=1, why="every rollout samples with the newest weights.",
                 use="Use 1 or leave it out."),
         *_accepted("--keep-old-actor", words="none",
                    why="old log-probs are computed before the first step of a rollout, so no old copy is needed."),
         *_accepted("--release-train", words="none", why="the sampler needs the trainer's weights, which stay."),
-        *_accepted("--custom-update-weight-post-write-path", why=_NOTHING_SENT),
+        *_accepted("--custom-update-weight-post-write-path", why=_SENT_WHOLE),
     ],
     "SGLang and router": [
-        *_later("--sglang-config", "--sglang-router-ip", "--sglang-router-port", why=_NO_SERVERS, use=_USE_EMBEDDED),
-        *_accepted("--sglang-server-concurrency", why="the engine admits by `--rollout-max-running-requests`."),
-        *_later("--prefill-num-servers", why=_NO_SERVERS, use=_USE_EMBEDDED),
+        *_later("--sglang-config", "--sglang-router-ip", "--sglang-router-port", why=_NO_ROUTER, use=_USE_NO_ROUTER),
+        *_accepted("--sglang-server-concurrency",
+                   why="engines admit by `--rollout-max-running-requests` (embedded) or "
+                   "`--sglang-max-running-requests`."),
+        *_later("--prefill-num-servers", why=_NO_ROUTER, use=_USE_NO_ROUTER),
         *_accepted("--use-distributed-post", words="none", why="samples never leave the machine."),
         *_accepted("--http-proxy", why="the engine is in this process; rewards obey HTTP_PROXY of the environment."),
     ],
     "Megatron": [
         *_same("--tensor-model-parallel-size", "--context-parallel-size", "--expert-model-parallel-size",
-               note="docs/parallelism.md explains it."),
+               "--expert-tensor-parallel-size", note="docs/parallelism.md explains it."),
         *_same("--pipeline-model-parallel-size", note="Above 1 there is no sampling: see docs/parallelism.md."),
         *_same("--decoder-first-pipeline-num-layers", "--decoder-last-pipeline-num-layers"),
-        *_only("--expert-tensor-parallel-size", value=1, why="experts are divided over ranks whole.",
-               remedy="Use 1, and --expert-model-parallel-size to divide the experts."),
         *_accepted("--sequence-parallel", words="none",
                    why="it is always on where --tensor-model-parallel-size is above 1, and means nothing elsewhere."),
         *_accepted("--recompute-granularity", why="full recomputes every layer, selective none, with equal results."),
@@ -400,9 +399,10 @@ SECTIONS: dict[str, list[SlimeFlag]] = {
     ),
     "Fault tolerance": [
         *_accepted("--use-fault-tolerance", words="none",
-                   why="the engine lives in the trainer's process and cannot die alone; rewards are always guarded."),
-        *_accepted("--rollout-health-check-interval", "--rollout-health-check-timeout",
-                   "--rollout-health-check-first-wait", why="there are no servers to check."),
+                   why="SGLang's servers and rewards are always guarded; the embedded engine cannot die alone."),
+        *_same("--rollout-health-check-interval", "--rollout-health-check-timeout",
+               note="For `--rollout-engine sglang`. A server is asked when it has not answered for so long."),
+        *_accepted("--rollout-health-check-first-wait", why="servers are asked once they have started."),
     ],
     "Logging": [
         *_same("--use-wandb", "--wandb-mode", "--wandb-dir"),
@@ -439,11 +439,6 @@ SECTIONS: dict[str, list[SlimeFlag]] = {
 FLAGS: dict[str, SlimeFlag] = {entry.name: entry for entries in SECTIONS.values() for entry in entries}
 """Every classified flag by its name with underscores."""
 
-OWN: dict[str, SlimeFlag] = {
-    entry.name: entry for entry in _same("--rollout-engine", refused={"sglang": _NO_SERVERS}, remedy="Use embedded.")
-}
-"""Options that slime has not got, with values that are not there yet."""
-
 ALIASES: dict[str, str] = {"use_gated_attention": "attention_output_gate"}
 """Other spellings of an option."""
 
@@ -458,7 +453,7 @@ def refuse_unavailable(values: Mapping[str, Any]) -> None:
         OptionError: with the reason and what to use instead.
     """
     for name, value in values.items():
-        entry = FLAGS.get(name) or OWN.get(name)
+        entry = FLAGS.get(name)
         if entry is not None and value is not None and (error := entry.refusal(value)):
             raise error
 

@@ -48,7 +48,8 @@ A flag that is in neither list is an error that names the closest one.
   1 (slime: 8). `--rollout-batch-size` is 32 and `--rollout-max-response-len` 1024 (slime asks for both).
 - **Model shape** comes from the HF config. Megatron's shape flags are compared with it, and a difference is an error.
 - **Checkpoints.** `--hf-checkpoint` gives the start weights, and `--ref-load` is a folder in HF format; a Megatron
-  torch_dist folder is refused. `--load` and `--save` are Lockstep's own atomic checkpoints.
+  torch_dist folder is refused (`lockstep convert torch-dist-to-hf` makes one). `--load` and `--save` are Lockstep's own
+  atomic checkpoints.
 - **Malformed rows** stop the run with file and line, or are counted with `--skip-malformed-rows`.
 - **Uneven groups** are normalised by the prompt they belong to; a group of one is refused (`--n-samples-per-prompt 1`).
 - **Options that would do nothing** are refused: `--kl-coef` with grpo and gspo, `--kl-loss-coef` without
@@ -60,9 +61,10 @@ A flag that is in neither list is an error that names the closest one.
 - **Hooks** have slime's signatures. `args` is read-only, and options of slime that Lockstep has not got read there as
   their neutral value. slime's own paths (`slime.rollout.filter_hub...check_reward_nonzero_std`) are understood for the
   default rollout, SFT's rollout, the default data source and that filter.
-- **SGLang's arguments** (`--sglang-NAME`, `--router-NAME`, any name) are kept in the config. The embedded engine reads
-  `--sglang-mem-fraction-static` (on a GPU, the share of the memory beside the model that its KV cache may take); a run
-  lists the others as not used.
+- **SGLang's arguments** (`--sglang-NAME`, `--router-NAME`, any name) are kept in the config. With `--rollout-engine
+  sglang` the former reach the servers ([sglang.md](sglang.md)); there is no router. The embedded engine, which is the
+  default, reads `--sglang-mem-fraction-static` (on a GPU, the share of the memory beside the model that its KV cache
+  may take); a run lists the others as not used.
 
 <!-- Made from lockstep/config/compatibility.py by `python -m lockstep.config.docs`; change it there. -->
 """

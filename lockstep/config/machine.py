@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from lockstep.config.base import Count, Index, OptionGroup
+from lockstep.config.base import Count, Index, OptionGroup, Positive
 from lockstep.errors import OptionError
 
 
@@ -26,7 +26,9 @@ class ClusterOptions(OptionGroup):
     distributed_timeout_minutes: Count = 30
     """Minutes that processes wait for each other, and for a sign of life, before the run ends. slime's default: 10."""
     rollout_num_gpus: Index | None = None
-    """GPUs of separate rollout engines. Default: rollout and training share theirs."""
+    """GPUs of SGLang's servers alone, after those that train. Default: they share training's."""
+    rollout_num_gpus_per_engine: Count = 1
+    """GPUs of one SGLang server, which divide its model (its tp-size)."""
     colocate: bool = True
     """Rollout and training share GPUs: here they even share the weights. slime's default is off."""
 
@@ -47,7 +49,7 @@ class ParallelOptions(OptionGroup):
     expert_model_parallel_size: Count = 1
     """Ranks that share the experts."""
     expert_tensor_parallel_size: Count = 1
-    """Ranks that share each expert's matrices: 1, as experts are divided over ranks whole."""
+    """Ranks that share the work of each expert's matrices. Its memory is divided in any case."""
     sequence_parallel: bool = False
     """Divide activations over the tensor-parallel ranks; always on where those are more than one."""
     grad_reduce_in_bf16: bool = False
@@ -55,7 +57,20 @@ class ParallelOptions(OptionGroup):
 
 
 class SglangOptions(OptionGroup):
-    """Arguments for SGLang: every `--sglang-NAME` and `--router-NAME`, without the prefix."""
+    """SGLang's servers, and their arguments: every `--sglang-NAME` and `--router-NAME`, without the prefix."""
+
+    sglang_python: str | None = None
+    """Python of the environment that SGLang is installed in; servers are started with it."""
+    rollout_external_engine_addrs: tuple[str, ...] = ()
+    """Addresses (host:port) of servers that somebody else has started, in place of our own."""
+    rollout_request_timeout: Positive = 3600.0
+    """Seconds after which a server that has not answered a request counts as lost."""
+    rollout_server_start_timeout: Positive = 1800.0
+    """Seconds that a server gets to start, or to come back."""
+    rollout_health_check_interval: Positive = 30.0
+    """Seconds without an answer after which a server is asked whether it works."""
+    rollout_health_check_timeout: Positive = 30.0
+    """Seconds that a server gets to say that it works, before it is started again."""
 
     server_args: dict[str, Any] = Field(default_factory=dict)
     """`--sglang-NAME value` for SGLang's servers. The embedded engine reads mem_fraction_static."""
@@ -95,13 +110,20 @@ class SglangOptions(OptionGroup):
 
 
 class WeightSyncOptions(OptionGroup):
-    """How new weights reach an engine. The embedded engine samples on the trainer's parameters: nothing to send."""
+    """How new weights reach SGLang's servers. The embedded engine samples on the trainer's parameters."""
 
-    update_weight_mode: Literal["full", "delta"] = "full"
-    """Send all weights, or what changed. Not used by the embedded engine."""
-    update_weight_transport: Literal["nccl", "disk"] = "nccl"
-    """How weights travel. Not used by the embedded engine."""
+    update_weight_mode: Literal["full"] = "full"
+    """Send all weights."""
+    update_weight_transport: Literal["nccl", "tensor", "disk"] | None = None
+    """How weights travel: broadcast (nccl, between CPUs gloo), shared memory of this machine (tensor) or a folder.
+    Default: tensor to servers that share training's device, nccl to others, disk from several processes. slime's
+    default is nccl."""
+    update_weight_disk_dir: str | None = None
+    """Folder for weights on their way to servers, which must be able to read it. Default: a folder in run_dir."""
+    update_weight_buffer_size: Count = 512 * 2**20
+    """Bytes of weights that are sent at a time, by nccl and tensor."""
     update_weights_interval: Count = 1
-    """Rollouts between updates of the engine's weights. The embedded engine always sees the newest."""
+    """Rollouts between updates of the engine's weights. Every rollout samples with the newest."""
     check_weight_update_equal: bool = False
-    """Verify the engine's weights after an update. For the embedded engine equality holds by construction."""
+    """Compare the servers' weights with an export, bit for bit, after every update. For the embedded engine equality
+    holds by construction."""

@@ -272,7 +272,10 @@ def _from_json(name: str, value: Any) -> Any:
 def _notes(config: Config, given: Mapping[str, Any]) -> list[str]:
     """What has no effect of its own, and what an option falls back to, in sentences."""
     notes = compatibility.notes(name for name in given if not _is_default(config, name))
-    if unused := config.sglang.unused_by_the_embedded_engine:
+    if config.rollout.rollout_engine == "sglang":
+        routers = [f"--router-{name}".replace("_", "-") for name in config.sglang.router_args]
+        notes += [f"{', '.join(routers)}: requests go straight to the servers; there is no router."] * bool(routers)
+    elif unused := config.sglang.unused_by_the_embedded_engine:
         notes.append(f"{', '.join(unused)}: for SGLang's servers; the embedded engine does not use them.")
     if config.rollout.num_rollout is not None and config.rollout.num_epoch is not None:
         notes.append("--num-epoch: --num-rollout is set too, and decides the length of the run.")

@@ -97,8 +97,8 @@ class RolloutOptions(OptionGroup):
     """Function `(args, rollout_id, rollout_data) -> None` called on the training data of a rollout."""
     custom_config_path: str | None = None
     """YAML file with values of your own, which hooks read as `args.NAME`. Names of options are refused."""
-    rollout_engine: Literal["embedded"] = "embedded"
-    """Who samples: our engine, on the trainer's own parameters. SGLang's servers come later."""
+    rollout_engine: Literal["embedded", "sglang"] = "embedded"
+    """Who samples: our engine, on the trainer's own parameters, or SGLang's servers (docs/sglang.md)."""
     rollout_block_size: Count = 16
     """Tokens per block of the embedded engine's KV cache."""
     rollout_max_running_requests: Count = 256

@@ -204,7 +204,7 @@ class ModelConfig:
                 f"it does not divide the {self.num_attention_heads} attention heads.",
             ),
             num_experts_per_tok=(
-                min(self.num_experts, 1) <= self.num_experts_per_tok <= self.num_experts,
+                self.num_experts == 0 or 1 <= self.num_experts_per_tok <= self.num_experts,
                 f"there are only {self.num_experts} experts.",
             ),
             intermediate_size=(

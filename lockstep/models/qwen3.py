@@ -5,8 +5,9 @@ T packed tokens, D model width.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -25,6 +26,14 @@ _ONLY_SPARSE = (*_SPARSE, "norm_topk_prob", "decoder_sparse_step", "mlp_only_lay
 @dataclass(frozen=True, kw_only=True)
 class Qwen3Config(ModelConfig):
     """Shape of a Qwen3 (`num_experts` 0) or Qwen3-MoE model."""
+
+    checked: ClassVar[Mapping[str, tuple[Any, str]]] = {
+        **ModelConfig.checked,
+        "qkv_bias": (False, "attention_bias says which projections have one."),
+        "use_qk_norm": (True, "queries and keys are normed."),
+        "shared_expert_intermediate_size": (0, "the definition has no shared expert."),
+    }
+    """The last three stand in the files of Qwen3-Coder."""
 
     @classmethod
     def _settle(cls, hf: dict[str, Any], model_type: str | None) -> None:

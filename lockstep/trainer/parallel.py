@@ -137,7 +137,6 @@ class ParallelTrainer:
             assert self.reference is not None, "no reference model was loaded"
             model = self.reference
         packs = self._packs(samples, self.batching.log_probs_max_tokens_per_gpu)
-        found: list[tuple[int, LogProbs]] = []
         policies: list[Tensor] = []
         routes: list[ChooseExperts] = []
         recorded: list[RecordRoutes] = []
@@ -158,13 +157,9 @@ class ParallelTrainer:
         self._pipeline(model, packs).forward_only(forward)
         assert isinstance(model, FSDPModule)
         model.reshard()  # else the next forward would find the weights of before an update
-        for index, pack in enumerate(packs):
-            flips = self._flips(pack, routes[index])
-            if self._speaks:
-                found += _per_sample(pack, policies[index], flips)
         if self.routing == "old" and not reference:
             self._keep_routes(samples, packs, recorded)
-        return _in_order(self._everybodys(found))
+        return self._results(packs, policies, routes)
 
     def step(self, samples: Sequence[TrainSample]) -> StepResult:
         packs = self._packs(samples, self.batching.max_tokens_per_gpu)
@@ -187,11 +182,6 @@ class ParallelTrainer:
             return output.loss
 
         self._pipeline(self.model, packs).forward_backward(forward)
-        found: list[tuple[int, LogProbs]] = []
-        for index, pack in enumerate(packs):
-            flips = self._flips(pack, routes[index])
-            if self._speaks:
-                found += _per_sample(pack, policies[index], flips)
         lr = learning_rate(self.optimizer_options, self.num_steps_done, num_steps=self.num_steps)
         updates_before = self.optimizer.num_updates
         grad_norm = self.optimizer.step(lr)
@@ -204,7 +194,7 @@ class ParallelTrainer:
             "train/skipped_steps": float(self.optimizer.num_updates == updates_before),
             "train/global_batch_size": float(len(samples)),
         }
-        return StepResult(metrics, _in_order(self._everybodys(found)))
+        return StepResult(metrics, self._results(packs, policies, routes))
 
     def rollout_weights(self) -> AbstractContextManager[LanguageModel]:
         """A whole model on every rank, gathered for as long as the context is open. Called by all ranks."""
@@ -322,6 +312,15 @@ class ParallelTrainer:
             with_entropy=with_entropy,
         )
 
+    def _results(self, packs: list[_Pack], policies: list[Tensor], routes: list[ChooseExperts]) -> list[LogProbs]:
+        """Of all samples, on all ranks. `policies` is filled on the last stage only."""
+        found: list[tuple[int, LogProbs]] = []
+        for index, pack in enumerate(packs):
+            flips = self._flips(pack, routes[index])
+            if self._speaks:
+                found += _per_sample(pack, policies[index], flips)
+        return [result for _, result in sorted(self._everybodys(found), key=lambda item: item[0])]
+
     def _flips(self, pack: _Pack, choose: ChooseExperts) -> Tensor | None:
         """Tokens `[T]` of the pack whose experts differ from the recorded ones, on whichever rank or stage."""
         if not isinstance(choose, CompareRoutes | ReplayRoutes):
@@ -406,7 +405,3 @@ def _per_sample(pack: _Pack, log_probs_R: Tensor, flips_T: Tensor | None) -> lis
         for log_probs, differ in zip(log_probs_R.cpu().split(responses), differs, strict=True)
     )
     return list(zip(pack.members, results, strict=False))
-
-
-def _in_order(found: list[tuple[int, LogProbs]]) -> list[LogProbs]:
-    return [result for _, result in sorted(found, key=lambda item: item[0])]

@@ -216,7 +216,7 @@ def run_rank_in_small_formats(rank: int, world_size: int, root: Path) -> None:
         _small_trainer(case, meshes["dp2"], **eight_bit).load(folder)
     except CheckpointError as error:
         report["refusal"] = str(error)
-    report |= reference_report(case, meshes["tp2"])
+    report |= reference_report(case, meshes["dp2"]) | broken_step_report(case, meshes["dp2"])
     (root / f"rank_{rank}.json").write_text(json.dumps(report))
     dist.barrier()
     os._exit(0)
@@ -240,6 +240,20 @@ def reference_report(case: Case, meshes: Meshes) -> dict[str, Any]:
     return {
         name: all(torch.equal(a.log_probs, b.log_probs) for a, b in zip(*results, strict=True))
         for name, results in pairs.items()
+    }
+
+
+def broken_step_report(case: Case, meshes: Meshes) -> dict[str, Any]:
+    """A gradient that is not finite, of a sample that one of the ranks has."""
+    trainer = _small_trainer(case, meshes)
+    before = [shard.local.clone() for shard in trainer.optimizer.shards.values()]
+    samples = copy.deepcopy(case.batches[0])
+    samples[0].advantage = float("inf")
+    result = trainer.step(samples)
+    after = [shard.local for shard in trainer.optimizer.shards.values()]
+    return {
+        "skipped_steps": result.metrics["train/skipped_steps"],
+        "is_untouched": all(torch.equal(a, b) for a, b in zip(before, after, strict=True)),
     }
 
 

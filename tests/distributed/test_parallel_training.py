@@ -199,7 +199,7 @@ def test_every_layout_trains_as_one_process_does(tmp_path: Path, world_size: int
         assert worst <= case.tolerance, family
 
 
-def test_bf16_weights_8_bit_moments_and_a_reference_model_are_sharded_too(tmp_path: Path) -> None:
+def test_small_formats_references_and_broken_steps_are_shared_by_all_ranks(tmp_path: Path) -> None:
     """Log-probs before and after an update are as near to fp32's as one process's bf16 comes."""
     own_errors = {}
     for family in ("dense", "moe"):
@@ -219,3 +219,5 @@ def test_bf16_weights_8_bit_moments_and_a_reference_model_are_sharded_too(tmp_pa
         assert report["reference_is_frozen"]
         assert report["reference_moved"]
         assert not report["policy_is_unchanged"], "else the reference would be frozen whatever it is"
+        assert report["skipped_steps"] == 1.0
+        assert report["is_untouched"], "no rank changes a number when one rank's gradient is not finite"

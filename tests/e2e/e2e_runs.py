@@ -115,6 +115,18 @@ class Workshop:
         return ["train", *flags(self.options(run, **changes))]
 
 
+def make_workshop(root: Path) -> Workshop:
+    """A model and prompts in the folder `root`."""
+    prepare = load_prepare()
+    for side, count in (("train", 64), ("heldout", 8)):
+        rows = [
+            row | {"prompt": [{"role": "system", "content": SYSTEM}, {"role": "user", "content": row["prompt"]}]}
+            for row in prepare.make_prompt_rows(side, count, 0)
+        ]
+        prepare.write_rows(root / f"{side}.jsonl", rows)
+    return Workshop(root, write_model(root / "model"), root / "train.jsonl", root / "heldout.jsonl")
+
+
 def start(*words: str, env: dict[str, str] | None = None, **popen: Any) -> subprocess.Popen[str]:
     """`lockstep` as a process of its own, in a process group of its own."""
     return subprocess.Popen(

@@ -107,13 +107,15 @@ def newcomer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def install(module: str, **names: str) -> None:
         fake = ModuleType(module)
         for function, command in names.items():
-            setattr(fake, function, lambda *_, command=command: reached.append(command) or 0)
+            setattr(fake, function, lambda *_, command=command, **__: reached.append(command) or 0)
         monkeypatch.setitem(sys.modules, module, fake)
 
     install("lockstep.loop", train="train", evaluate="eval")
     install("lockstep.report", write_report="report")
     install("lockstep.bench.loop", main="bench")
     install("lockstep.doctor", main="doctor")
+    install("lockstep.plan.command", run_plan="plan")
+    install("lockstep.checkpoint.megatron.command", run_hf_to_torch_dist="convert", run_torch_dist_to_hf="convert")
     for name, content in named_files(README).items():
         (tmp_path / name).write_text(content)
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")

@@ -56,7 +56,7 @@ class WeightFiles:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.index = _read_index(folder)
+        self.index = read_index(folder)
         self.tensors: dict[str, TensorInfo] = {}
         self.file_of: dict[str, str] = {}
         self.metadata: dict[str, dict[str, str] | None] = {}
@@ -181,7 +181,7 @@ def _reading(path: Path) -> Iterator[None]:
         raise CheckpointError(str(path), "damaged", f"reading it failed: {reason}.", _DOWNLOAD) from error
 
 
-def _read_index(folder: Path) -> dict[str, Any] | None:
+def read_index(folder: Path) -> dict[str, Any] | None:
     """The sharding index with a weight_map of file names; None when the weights are one file."""
     path = folder / INDEX
     if not path.is_file():

@@ -23,7 +23,7 @@ from lockstep.checkpoint.hf.files import (
     write_safetensors,
     written_order,
 )
-from lockstep.checkpoint.hf.files import _read_index as read_index
+from lockstep.checkpoint.hf.files import read_index
 from lockstep.checkpoint.hf.folder import OnBytes, read_hf_config
 from lockstep.checkpoint.hf.fp8 import SCALE_SUFFIX
 from lockstep.checkpoint.megatron.ahead import one_ahead

@@ -91,7 +91,7 @@ class TorchDistReader:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         _require_format(folder)
-        metadata = _read_index(folder)
+        metadata = read_index(folder)
         self.tensors: dict[str, TensorStorageMetadata] = {
             name: stored
             for name, stored in metadata.state_dict_metadata.items()
@@ -260,7 +260,7 @@ def _require_format(folder: Path) -> None:
         )
 
 
-def _read_index(folder: Path) -> Metadata:
+def read_index(folder: Path) -> Metadata:
     path = folder / INDEX
     if not path.is_file():
         raise CheckpointError(str(path), "missing", "it is the index of all tensors.", _COPY_AGAIN)

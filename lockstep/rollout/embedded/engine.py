@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from lockstep.models import LanguageModel
+from lockstep.parallel.decode import Peers
 from lockstep.rollout.embedded.block_manager import BlockManager
 from lockstep.rollout.embedded.runner import ModelRunner
 from lockstep.rollout.embedded.sampler import stream_key
@@ -36,6 +37,8 @@ class EmbeddedEngine:
     Args:
         decode_text: turns token ids into text, for stop strings.
         seed: the run's sampling seed; joins every stream key.
+        peers: ranks that step at the same time as this one, see `ModelRunner`. They need the one who steps to agree on
+            when, so `generate` is not for them.
     """
 
     def __init__(
@@ -48,11 +51,14 @@ class EmbeddedEngine:
         max_prefill_tokens: int,
         decode_text: Callable[[list[int]], str],
         seed: int,
+        peers: Peers | None = None,
     ) -> None:
         num_state_slots = max_running if model.config.num_delta_layers else 0
         self.blocks = BlockManager(num_blocks, block_size, num_state_slots=num_state_slots)
         self.scheduler = Scheduler(self.blocks, max_running=max_running, max_prefill_tokens=max_prefill_tokens)
-        self.runner = ModelRunner(model, num_blocks=num_blocks, block_size=block_size, max_running=max_running)
+        self.runner = ModelRunner(
+            model, num_blocks=num_blocks, block_size=block_size, max_running=max_running, peers=peers
+        )
         self.seed = seed
         self.version = 0
         self._decode_text = decode_text

@@ -12,6 +12,7 @@ from torch import Tensor
 from lockstep.kernels.linear_log_probs import linear_logits
 from lockstep.models import LanguageModel
 from lockstep.models.layers.moe import RecordRoutes
+from lockstep.parallel.decode import Peers
 from lockstep.rollout.embedded.caches import CachedDocuments, Caches
 from lockstep.rollout.embedded.sampler import sample, stream_uniform
 from lockstep.rollout.embedded.sequence import Sequence
@@ -22,6 +23,7 @@ class ModelRunner:
 
     Args:
         most_padded_scores: attention scores per head that one padded pass may hold; a single sequence may exceed it.
+        peers: other ranks that run their passes at the same time, because each has experts that all need; or None.
     """
 
     def __init__(
@@ -32,11 +34,13 @@ class ModelRunner:
         block_size: int,
         max_running: int,
         most_padded_scores: int = 2**22,
+        peers: Peers | None = None,
     ) -> None:
         config = model.config
         self.model = model
         self.block_size = block_size
         self.most_padded_scores = most_padded_scores
+        self.peers = peers
         self.caches = Caches(model, num_blocks=num_blocks, block_size=block_size, num_state_slots=max_running)
         self.routed_experts: Tensor | None = None
         if config.num_sparse_layers:
@@ -53,8 +57,22 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, sequences: list[Sequence]) -> None:
         """Compute every uncomputed token of the sequences and append one sampled token to each."""
-        for together in passes(sequences, self.most_padded_scores):
+        own_passes = passes(sequences, self.most_padded_scores)
+        if self.peers is not None:
+            self._run_with_peers(own_passes, self.peers)
+            return
+        for together in own_passes:
             self._run_pass(together)
+
+    def _run_with_peers(self, own_passes: list[list[Sequence]], peers: Peers) -> None:
+        """As many passes as the busiest rank has; in those beyond its own a rank serves the others."""
+        for number in range(peers.most(len(own_passes))):
+            together = own_passes[number] if number < len(own_passes) else []
+            peers.agree_on_rows(sum(s.num_uncomputed_tokens for s in together))
+            if together:
+                self._run_pass(together)
+            else:
+                peers.serve()
 
     def _run_pass(self, sequences: list[Sequence]) -> None:
         documents = CachedDocuments(sequences, self.caches)

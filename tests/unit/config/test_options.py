@@ -50,7 +50,6 @@ SLIME_DEFAULTS = {
     "n_samples_per_eval_prompt": 1,
     "eval_interval": None,
     "update_weight_mode": "full",
-    "update_weight_transport": "nccl",
     "update_weights_interval": 1,
 }
 
@@ -153,7 +152,7 @@ def test_args_are_flat_and_read_only_and_survive_pickling():
 
 def test_args_give_hooks_neutral_values_of_slime_options_that_are_not_ours():
     args = config().args()
-    assert (args.partial_rollout, args.use_opd, args.multimodal_keys, args.rollout_num_gpus_per_engine) == (
+    assert (args.partial_rollout, args.use_opd, args.multimodal_keys, args.num_gpus_per_node) == (
         False,
         False,
         None,

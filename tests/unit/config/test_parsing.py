@@ -127,7 +127,8 @@ def test_notes_name_accepted_and_unused_flags_and_the_reference():
         "train", [*BASE, "--moe-enable-deepep", "--sglang-dp-size", "8", "--use-kl-loss", "--lr", "1"]
     ).notes
     assert notes == [
-        "--moe-enable-deepep: it chooses a kernel or a schedule and changes speed only.",
+        "--moe-enable-deepep: rows travel to experts on other ranks by all-to-all, whatever this says; results do not "
+        "depend on it.",
         "--sglang-dp-size: for SGLang's servers; the embedded engine does not use them.",
         "--use-kl-loss: without --ref-load the reference model is model.",
     ]

@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from real_servers import INSTALLED
+
+E2E = Path(__file__).parents[1] / "e2e" / "e2e_runs.py"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Without .venv-sglang, which scripts/setup_sglang makes, there is no server to test with."""
+    for item in items:
+        if not INSTALLED and Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.skip(reason="run scripts/setup_sglang first"))
+
+
+@pytest.fixture(scope="session")
+def runs() -> ModuleType:
+    """What the end-to-end tests are made of."""
+    spec = importlib.util.spec_from_file_location("e2e_runs", E2E)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault("e2e_runs", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory, runs: ModuleType) -> list[Path]:
+    """Two folders of one tiny Qwen3-MoE with other weights."""
+    root = tmp_path_factory.mktemp("models")
+    return [runs.write_model(root / name, seed) for seed, name in enumerate("AB")]

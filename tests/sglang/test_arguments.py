@@ -1,0 +1,39 @@
+"""The arguments of the seed recipes, against the real server's own list."""
+
+from __future__ import annotations
+
+import pytest
+from real_servers import PYTHON
+
+from lockstep.errors import OptionError
+from lockstep.rollout.sglang import known_flags, require_known, server_words
+
+SEEDS = {
+    "mem_fraction_static": 0.7,
+    "ep_size": 8,
+    "enable_dp_attention": True,
+    "dp_size": 8,
+    "cuda_graph_bs": [1, 2, 4, 8, *range(16, 257, 8)],
+    "moe_dense_tp_size": 1,
+    "enable_dp_lm_head": True,
+    "ep_num_redundant_experts": 16,
+    "max_running_requests": 256,
+    "speculative_algorithm": "EAGLE",
+    "speculative_num_steps": 3,
+    "speculative_eagle_topk": 1,
+    "speculative_num_draft_tokens": 4,
+}
+
+
+def test_the_installed_server_has_every_argument_of_the_seed_recipes() -> None:
+    require_known(server_words(SEEDS | {"enable_ep_moe": True}, tp_size=8), known_flags(str(PYTHON)))
+
+
+def test_it_has_no_argument_that_is_misspelt() -> None:
+    with pytest.raises(OptionError, match="Did you mean --sglang-mem-fraction-static"):
+        require_known(server_words({"mem_fraction_statik": 0.7}, tp_size=1), known_flags(str(PYTHON)))
+
+
+def test_a_python_without_sglang_is_refused() -> None:
+    with pytest.raises(OptionError, match="--sglang-python is '/bin/true'"):
+        known_flags("/bin/true")

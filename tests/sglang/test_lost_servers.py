@@ -1,0 +1,149 @@
+"""Servers that die, hang or talk nonsense in mid-rollout: every request is answered once, under the current weights."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import psutil
+import pytest
+from real_servers import engine_of, load, score, start_fleet
+
+from lockstep.models import LanguageModel
+from lockstep.rollout.engine import Generation, SamplingParams
+from lockstep.rollout.sglang import SGLangEngine
+from lockstep.rollout.sglang.api import ServerApi
+from lockstep.rollout.sglang.fleet import ServerFleet
+from lockstep.weight_sync import TensorTransport
+
+PROMPTS = [[5 + i, 6, 7, 8, 9 + i] for i in range(24)]
+"""Three times what the server runs at once."""
+LENGTH = 100
+CLOSE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def model(folders: list[Path]) -> LanguageModel:
+    return load(folders[0])
+
+
+@pytest.fixture(scope="module")
+def fleet(folders: list[Path], model: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerFleet]:
+    """A server with weights that were trained since it began: version 3 is not what it would load by itself."""
+    transport = TensorTransport(bucket_bytes=2**20, tp_size=1, timeout_s=120)
+    fleet = start_fleet(folders[0], model, transport, tmp_path_factory.mktemp("fleet"))
+    try:
+        fleet.wait_until_ready()
+        model.load_state_dict(load(folders[1]).state_dict())
+        fleet.publish(3)
+        yield fleet
+    finally:
+        fleet.close()
+
+
+def rollout_with(engine: SGLangEngine, fault: object) -> list[Generation]:
+    """Sample all prompts; `fault` happens once the server has begun to answer."""
+
+    async def run() -> list[Generation]:
+        answered = asyncio.Event()
+
+        async def one(number: int) -> Generation:
+            params = SamplingParams(max_new_tokens=LENGTH)
+            generation = await engine.generate(PROMPTS[number], params, (0, 0, number, number))
+            answered.set()
+            return generation
+
+        tasks = [asyncio.create_task(one(number)) for number in range(len(PROMPTS))]
+        await answered.wait()
+        fault()  # type: ignore[operator]
+        generations = list(await asyncio.gather(*tasks))
+        await engine.drain()
+        return generations
+
+    return asyncio.run(asyncio.wait_for(run(), 500))
+
+
+def assert_each_is_answered_under_version_3(model: LanguageModel, generations: list[Generation]) -> None:
+    assert len(generations) == len(PROMPTS)
+    for prompt, generation in zip(PROMPTS, generations, strict=True):
+        expected, _ = score(model, prompt, generation.token_ids)
+        assert generation.log_probs == pytest.approx(expected.tolist(), abs=CLOSE)
+        assert generation.weight_versions == ["3"] * len(generation.token_ids)
+        assert len(generation.token_ids) == LENGTH or generation.finish_reason == "stop"
+
+
+def processes_of(fleet: ServerFleet) -> list[psutil.Process]:
+    (member,) = fleet._members.values()
+    assert member.process is not None
+    process = psutil.Process(member.process.process.pid)
+    return [process, *process.children(recursive=True)]
+
+
+def test_a_killed_server_comes_back_with_the_current_weights_and_nothing_is_lost(
+    fleet: ServerFleet, model: LanguageModel
+) -> None:
+    engine = engine_of(fleet)
+    before = processes_of(fleet)
+    generations = rollout_with(engine, lambda: os.kill(before[0].pid, signal.SIGKILL))
+    assert_each_is_answered_under_version_3(model, generations)
+    assert engine.num_lost == 1
+    assert 0 < engine.num_resent < len(PROMPTS)
+    psutil.wait_procs(before, timeout=10)
+    assert [process for process in before if process.is_running() and process.status() != "zombie"] == []
+
+
+def test_a_server_that_ended_between_rollouts_is_back_for_the_next_one(
+    fleet: ServerFleet, model: LanguageModel
+) -> None:
+    engine = engine_of(fleet)
+    before = processes_of(fleet)
+    os.kill(before[0].pid, signal.SIGKILL)
+    psutil.wait_procs(before[:1], timeout=10)
+    engine.set_version(3)
+    generations = rollout_with(engine, lambda: None)
+    assert_each_is_answered_under_version_3(model, generations)
+    assert (engine.num_lost, engine.num_resent) == (0, 0)
+
+
+def test_a_hung_server_is_found_by_its_health_and_replaced(fleet: ServerFleet, model: LanguageModel) -> None:
+    engine = engine_of(fleet, health_interval_s=2.0, health_timeout_s=10.0)
+    before = processes_of(fleet)
+    generations = rollout_with(engine, lambda: [process.suspend() for process in before])
+    assert_each_is_answered_under_version_3(model, generations)
+    assert engine.num_lost == 1
+    psutil.wait_procs(before, timeout=10)
+    assert [process for process in before if process.is_running() and process.status() != "zombie"] == []
+
+
+def test_a_server_that_answers_garbage_is_replaced(fleet: ServerFleet, model: LanguageModel) -> None:
+    """Something else answers at the server's address: it is alive, says 200, and knows nothing."""
+
+    class Impostor(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["content-length"]))
+            self.send_response(200)
+            self.send_header("content-type", "application/json")
+            self.end_headers()
+            self.wfile.write(b'{"text": "", "meta_info": {"finish_reason": {"type": "stop"}}}')
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    engine = engine_of(fleet)
+    impostor = ThreadingHTTPServer(("127.0.0.1", 0), Impostor)
+    thread = Thread(target=impostor.serve_forever)
+    thread.start()
+    try:
+        fleet.servers[0].api = ServerApi(f"http://127.0.0.1:{impostor.server_port}")
+        generations = rollout_with(engine, lambda: None)
+    finally:
+        impostor.shutdown()
+        thread.join()
+        impostor.server_close()
+    assert_each_is_answered_under_version_3(model, generations)
+    assert engine.num_lost == 1

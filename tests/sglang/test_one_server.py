@@ -1,0 +1,211 @@
+"""One real server for the whole module: what it samples, and weights that reach it."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from real_servers import ask, engine_of, load, score, source_of, start_fleet
+
+from lockstep.errors import RolloutError
+from lockstep.models import LanguageModel
+from lockstep.rollout.embedded import EmbeddedEngine
+from lockstep.rollout.engine import SamplingParams
+from lockstep.rollout.sglang import SGLangEngine
+from lockstep.rollout.sglang.fleet import ServerFleet
+from lockstep.weight_sync import BroadcastTransport, DiskTransport, TensorTransport
+
+PROMPTS = [[5, 6, 7, 8, 9], [10, 20, 30], [40, 41, 42, 43, 44, 45, 46]]
+CLOSE = 1e-4
+"""Both sides compute in fp32; measured differences stay below 1e-5."""
+
+
+@pytest.fixture(scope="module")
+def model(folders: list[Path]) -> LanguageModel:
+    """What the trainer would hold; tests write into it, and put version 0's weights back."""
+    return load(folders[0])
+
+
+@pytest.fixture(scope="module")
+def fleet(folders: list[Path], model: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerFleet]:
+    work = tmp_path_factory.mktemp("fleet")
+    fleet = start_fleet(folders[0], model, DiskTransport(work / "disk", timeout_s=120), work)
+    try:
+        fleet.wait_until_ready()
+        yield fleet
+    finally:
+        fleet.close()
+
+
+@pytest.fixture
+def engine(fleet: ServerFleet) -> SGLangEngine:
+    engine = engine_of(fleet)
+    engine.set_version(0)
+    return engine
+
+
+def test_greedy_tokens_log_probs_and_experts_are_those_of_the_embedded_engine(
+    engine: SGLangEngine, model: LanguageModel
+) -> None:
+    served = ask(engine, PROMPTS, max_new_tokens=8, temperature=0.0)
+    embedded = EmbeddedEngine(
+        model, num_blocks=64, block_size=16, max_running=8, max_prefill_tokens=512, decode_text=str, seed=1
+    )
+    ours = ask(embedded, PROMPTS, max_new_tokens=8, temperature=0.0)  # type: ignore[arg-type]
+    embedded.close()
+    for prompt, theirs, mine in zip(PROMPTS, served, ours, strict=True):
+        assert theirs.token_ids == mine.token_ids
+        assert theirs.log_probs == pytest.approx(mine.log_probs, abs=CLOSE)
+        assert theirs.routed_experts is not None
+        assert theirs.routed_experts.shape == (len(prompt) + 7, 2, 2)
+        assert theirs.routed_experts.tolist() == mine.routed_experts.tolist()  # type: ignore[union-attr]
+        assert theirs.finish_reason == mine.finish_reason
+        assert theirs.weight_versions == ["0"] * 8
+
+
+def test_log_probs_are_after_temperature(engine: SGLangEngine, model: LanguageModel) -> None:
+    (generation,) = ask(engine, PROMPTS[:1], max_new_tokens=8, temperature=0.5)
+    tokens = torch.tensor(PROMPTS[0] + generation.token_ids)
+    hooked = copy.deepcopy(model)
+    hooked.lm_head.weight.data.mul_(2.0)
+    expected, _ = score(hooked, PROMPTS[0], generation.token_ids)
+    assert len(tokens) == 13
+    assert generation.log_probs == pytest.approx(expected.tolist(), abs=CLOSE)
+
+
+def test_stop_ids_stop_texts_and_ends_of_sequence_stay_in_the_response(engine: SGLangEngine) -> None:
+    (free,) = ask(engine, PROMPTS[:1], max_new_tokens=8, temperature=0.0)
+    third = free.token_ids[2]
+    (by_id,) = ask(engine, PROMPTS[:1], max_new_tokens=8, temperature=0.0, stop_token_ids=(third,))
+    assert (by_id.token_ids, by_id.finish_reason) == (free.token_ids[:3], "stop")
+    (by_length,) = ask(engine, PROMPTS[:1], max_new_tokens=2, temperature=0.0)
+    assert (by_length.token_ids, by_length.finish_reason) == (free.token_ids[:2], "length")
+
+
+def test_a_request_that_cannot_fit_is_refused_with_the_servers_words(engine: SGLangEngine) -> None:
+    with pytest.raises(RolloutError, match="maximum context length of 128 tokens"):
+        ask(engine, PROMPTS[:1], max_new_tokens=2000)
+    assert engine.num_lost == 0
+
+
+def test_abort_hands_back_what_there_is(engine: SGLangEngine, model: LanguageModel) -> None:
+    async def aborted() -> Any:
+        task = asyncio.create_task(engine.generate(PROMPTS[0], SamplingParams(max_new_tokens=120), (0, 0, 0, 0)))
+        while not await busy(engine):
+            await asyncio.sleep(0.01)
+        await engine.abort_all()
+        generation = await task
+        await engine.drain()
+        return generation
+
+    generation = asyncio.run(asyncio.wait_for(aborted(), 120))
+    assert generation.finish_reason == "abort"
+    assert 0 < len(generation.token_ids) < 120
+    expected, _ = score(model, PROMPTS[0], generation.token_ids)
+    assert generation.log_probs == pytest.approx(expected.tolist(), abs=CLOSE)
+
+
+def test_a_cancelled_request_leaves_the_server(engine: SGLangEngine) -> None:
+    async def cancelled() -> bool:
+        task = asyncio.create_task(engine.generate(PROMPTS[0], SamplingParams(max_new_tokens=120), (0, 0, 0, 0)))
+        while not await busy(engine):
+            await asyncio.sleep(0.01)
+        task.cancel()
+        await asyncio.wait([task])
+        await engine.drain()
+        return await busy(engine)
+
+    assert asyncio.run(asyncio.wait_for(cancelled(), 120)) is False
+    asyncio.run(engine.drain())
+
+
+async def busy(engine: SGLangEngine) -> bool:
+    loads = engine.fleet.servers[0].api.get("/v1/loads?include=core")["loads"]
+    await asyncio.sleep(0)
+    return any(load["num_running_reqs"] for load in loads)
+
+
+TRANSPORTS = {
+    "disk": lambda folder: DiskTransport(folder / "disk", timeout_s=120),
+    "tensor": lambda folder: TensorTransport(bucket_bytes=20_000, tp_size=1, timeout_s=120),
+    "nccl": lambda folder: BroadcastTransport(
+        backend="gloo", bucket_bytes=20_000, tp_size=1, host="127.0.0.1", timeout_s=120
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", TRANSPORTS)
+def test_weights_reach_the_server_and_come_back(
+    kind: str, engine: SGLangEngine, model: LanguageModel, fleet: ServerFleet, folders: list[Path], tmp_path: Path
+) -> None:
+    """A to B to A, each seen through log-probs that only these weights give; 20,000 bytes make several buckets."""
+    fleet.transport = TRANSPORTS[kind](tmp_path)
+    weights = [load(folder).state_dict() for folder in folders]
+    try:
+        for version, state in ((1, weights[1]), (2, weights[0]), (3, weights[1])):
+            model.load_state_dict(state)
+            engine.set_version(version)
+            for prompt, generation in zip(PROMPTS, ask(engine, PROMPTS, max_new_tokens=6), strict=True):
+                expected, routes = score(model, prompt, generation.token_ids)
+                assert generation.log_probs == pytest.approx(expected.tolist(), abs=CLOSE)
+                assert generation.weight_versions == [str(version)] * len(generation.token_ids)
+                assert generation.routed_experts.tolist() == routes.tolist()  # type: ignore[union-attr]
+    finally:
+        model.load_state_dict(weights[0])
+        engine.set_version(4)
+        fleet.transport.close([server.api for server in fleet.servers])
+
+
+def test_a_server_of_somebody_elses_is_updated_and_left_running(
+    model: LanguageModel, fleet: ServerFleet, folders: list[Path], tmp_path: Path
+) -> None:
+    theirs = ServerFleet(
+        plan=None,
+        addresses=(fleet.servers[0].api.url.removeprefix("http://"),),
+        source=source_of(model, folders[0]),
+        transport=TRANSPORTS["tensor"](tmp_path),
+        hf_folder=folders[0],
+        export_folder=tmp_path / "export",
+        start_timeout_s=60,
+        check_equal=False,
+    )
+    theirs.wait_until_ready()
+    engine = engine_of(theirs)
+    engine.set_version(0)
+    (generation,) = ask(engine, PROMPTS[:1], max_new_tokens=6)
+    expected, _ = score(model, PROMPTS[0], generation.token_ids)
+    assert generation.log_probs == pytest.approx(expected.tolist(), abs=CLOSE)
+    engine.close()
+    assert fleet.servers[0].api.is_healthy(timeout_s=30)
+
+
+def test_an_update_that_does_not_arrive_whole_is_found(
+    engine: SGLangEngine, model: LanguageModel, fleet: ServerFleet, folders: list[Path], tmp_path: Path
+) -> None:
+    """--check-weight-update-equal passes for what was sent, and names a tensor that is another on the server."""
+    source = fleet.source
+    fleet.transport, fleet.check_equal = TRANSPORTS["tensor"](tmp_path), True
+    try:
+        model.load_state_dict(load(folders[1]).state_dict())
+        engine.set_version(5)
+
+        def export_another(folder: Path) -> None:
+            with torch.no_grad():
+                model.model.norm.weight[3] += 0.01
+            source.export(folder)
+
+        fleet.source = replace(source, export=export_another)
+        with pytest.raises(RolloutError, match=r"'model.norm.weight .*1 of \d+ tensors"):
+            engine.set_version(6)
+    finally:
+        fleet.source, fleet.check_equal = source, False
+        model.load_state_dict(load(folders[0]).state_dict())
+        for server in fleet.servers:
+            server.api.resume()
+        engine.set_version(7)
