@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from lockstep.kernels.packed import PackedDocuments
 from lockstep.kernels.linear_log_probs import linear_log_probs
+from lockstep.kernels.packed import PackedDocuments
 from lockstep.models import Qwen3, Qwen3Config
 from lockstep.rollout.embedded import EmbeddedEngine
 from lockstep.rollout.engine import SamplingParams
@@ -27,12 +27,12 @@ from lockstep.rollout.engine import SamplingParams
 DOCUMENT, TOKENS = 4096, 16384
 GEOMETRIES: dict[str, dict[str, Any]] = {
     "Qwen3-4B": {
-        "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 2560, "num_hidden_layers": 36, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 9728, "tie_word_embeddings": True,
+        "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 2560, "num_hidden_layers": 36,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 9728, "tie_word_embeddings": True,
     },
     "Qwen3-30B-A3B, 24 of 48 layers": {
-        "model_type": "qwen3_moe", "vocab_size": 151936, "hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 32,
-        "num_key_value_heads": 4, "head_dim": 128, "intermediate_size": 6144, "num_experts": 128,
+        "model_type": "qwen3_moe", "vocab_size": 151936, "hidden_size": 2048, "num_hidden_layers": 24,
+        "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "intermediate_size": 6144, "num_experts": 128,
         "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True,
     },
 }  # fmt: skip

@@ -1,6 +1,6 @@
 """Full-parameter training steps of Qwen3-30B-A3B, at full size and depth with random weights, on one GPU.
 
-    python benchmarks/one_gpu_30b.py OUTPUT.json [--layers 48] [--steps 3] [--overlapped-steps 4] [--offload-fraction 0.9]
+    python benchmarks/one_gpu_30b.py OUTPUT.json [--layers 48] [--steps 3] [--overlapped-steps 4]
 
 A step is 131,072 tokens in documents of 4,096: forward and backward by layer over micro-batches of 16,384 tokens,
 exact clipping, and an AdamW update whose state streams through the GPU from pinned host memory. Prints seconds of each

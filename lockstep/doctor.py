@@ -67,7 +67,7 @@ class Finding:
     says: str = ""
 
 
-IMPORTED_AS = {"pyyaml": "yaml", "math-verify": "math_verify", "tomli-w": "tomli_w"}
+IMPORTED_AS = {"pyyaml": "yaml"}
 OPTIONAL = ("triton", "fla-core", "ray", "sglang", "wandb", "tensorboard")
 
 
@@ -105,7 +105,7 @@ def _required() -> tuple[tuple[str, str], ...]:
 def _broken(packages: Iterable[str]) -> Iterator[tuple[str, str]]:
     for name in packages:
         try:
-            import_module(IMPORTED_AS.get(name, name))
+            import_module(IMPORTED_AS.get(name, name.replace("-", "_")))
         except Exception as error:  # a broken installation fails in many ways
             yield name, f"{type(error).__name__}: {error}"
 
@@ -300,15 +300,16 @@ def main(as_json: bool) -> int:
 
 
 def _print_table(findings: list[Finding]) -> None:
+    says = [f.says if f.level == "fine" else f"{f.level.upper()}: {f.says}" for f in findings]
     try:
         from rich.console import Console
         from rich.table import Table
-    except ImportError:  # a line above says so
-        print(*(f"{finding.subject}: {finding.found} {finding.level} {finding.says}" for finding in findings), sep="\n")
+    except ImportError:  # one of the lines tells
+        for finding, text in zip(findings, says, strict=True):
+            print(f"{finding.subject}: {finding.found}. {text}")
         return
     table = Table("", "found", "what it means", box=None, pad_edge=False)
     styles = {"fine": "", "costs": "yellow", "stops": "bold red"}
-    for finding in findings:
-        says = finding.says if finding.level == "fine" else f"{finding.level.upper()}: {finding.says}"
-        table.add_row(finding.subject, finding.found, says, style=styles[finding.level])
+    for finding, text in zip(findings, says, strict=True):
+        table.add_row(finding.subject, finding.found, text, style=styles[finding.level])
     Console().print(table)

@@ -179,6 +179,7 @@ PERF = (
     ),
     Metric("perf/wait_time_ratio", "fraction", "`perf/train_wait_time` over `perf/step_time`.", "down"),
     Metric("perf/rollout_time", "s", "Sampling and rewards, from the first prompt to the last reward.", "down"),
+    Metric("perf/update_weights_time", "s", "Until the engine could sample with the newest weights.", "down"),
     Metric("perf/train_time", "s", "All of training: data, log-probs, updates.", "down"),
     Metric(
         "perf/log_probs_time",

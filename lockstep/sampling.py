@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ async def sample_groups(run: Run, rollout_id: int) -> RolloutFnTrainOutput:
     Raises:
         RolloutError: what the user's function returned cannot be trained on.
     """
+    update_time = _give_newest_weights(run)
     output = await _call(run, run.rollout_function, rollout_id)
     if not isinstance(output, RolloutFnTrainOutput):
         output = RolloutFnTrainOutput(output)
@@ -27,7 +29,7 @@ async def sample_groups(run: Run, rollout_id: int) -> RolloutFnTrainOutput:
             f"it returned {output.samples!r:.80}, which is no list of groups of samples with rewards.",
             "Return RolloutFnTrainOutput(samples=[[Sample, ...], ...]).",
         )
-    return output
+    return RolloutFnTrainOutput(output.samples, update_time | (output.metrics or {}))
 
 
 async def sample_eval_sets(run: Run, rollout_id: int) -> RolloutFnEvalOutput:
@@ -37,6 +39,7 @@ async def sample_eval_sets(run: Run, rollout_id: int) -> RolloutFnEvalOutput:
         RolloutError: the user's function returned something else.
     """
     assert run.eval_function is not None, "there is nothing to evaluate"
+    _give_newest_weights(run)
     output = await _call(run, run.eval_function, rollout_id, evaluation=True)
     if not isinstance(output, RolloutFnEvalOutput):
         output = RolloutFnEvalOutput(output)
@@ -52,16 +55,23 @@ async def sample_eval_sets(run: Run, rollout_id: int) -> RolloutFnEvalOutput:
     return output
 
 
-async def _call(run: Run, function: Callable[..., Any], rollout_id: int, **named: bool) -> Any:
-    """Call a plain or async function with the run's rewards and engine in reach.
+def _give_newest_weights(run: Run) -> dict[str, float]:
+    """Let the engine sample with the newest weights and no cache, whatever ran before in this process, so that a
+    resumed run samples the same. Returns the time that this took, as a metric."""
+    if run.engine is None:
+        return {}
+    started = time.perf_counter()
+    run.engine.set_version(run.trainer.version)
+    return {"perf/update_weights_time": time.perf_counter() - started}
 
-    The engine has the newest weights and no cache then, whatever ran before in this process, so that a resumed run
-    samples the same; and when the call ends, however it does, nothing is left under way.
+
+async def _call(run: Run, function: Callable[..., Any], rollout_id: int, **named: bool) -> Any:
+    """Call a plain or async function with the run's rewards in reach.
+
+    When the call ends, however it does, nothing is left under way.
     """
     if run.context is not None:
         run.context.enter()
-    if run.engine is not None:
-        run.engine.set_version(run.trainer.version)
     try:
         result = function(run.args, rollout_id, run.data_source, **named)
         return await result if inspect.isawaitable(result) else result

@@ -208,8 +208,8 @@ class BatchingOptions(OptionGroup):
     """Recompute every layer in backward to save memory (full). selective is accepted and recomputes nothing."""
     backward_order: Literal["micro-batch", "layer"] = "micro-batch"
     """Finish one micro-batch after the other, or one layer after the other for all micro-batches (layer). By layer,
-    gradients add up in fp32 one layer at a time, whatever main_grads_dtype; activations are recomputed, and the inputs of
-    all layers of the whole step must fit into memory."""
+    gradients add up in fp32 one layer at a time, whatever main_grads_dtype; activations are recomputed, and the inputs
+    of all layers of the whole step must fit into memory."""
 
     @model_validator(mode="after")
     def _dynamic_batches_need_a_size(self) -> BatchingOptions:

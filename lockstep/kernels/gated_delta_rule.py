@@ -175,6 +175,8 @@ def gated_delta_rule(
         shape = (len(layout.lengths), v_TVJ.shape[1], k_TKH.shape[2], v_TVJ.shape[2])
         state_BVHJ = v_TVJ.new_zeros(shape, dtype=torch.promote_types(v_TVJ.dtype, torch.float32))
     inputs = (q_TKH, k_TKH, v_TVJ, log_decay_TV, beta_TV, state_BVHJ)
+    if not v_TVJ.is_cuda:
+        return _by_autograd(layout, *inputs)
     kernels = _kernels_for(k_TKH, v_TVJ) if layout.steps else "torch"
     if kernels == "fla":
         return _by_fla(layout, *inputs)
@@ -260,8 +262,44 @@ def _by_fla(
     return out[0], state_BVHJ.index_copy(0, layout.filled_B, final)
 
 
+def _by_autograd(
+    layout: DeltaLayout, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state_BVHJ: Tensor
+) -> tuple[Tensor, Tensor]:
+    """On a CPU, in transformers' order of operations: the gradient of a decay is a small difference of large sums, so
+    another order, though as exact, is another fp32 number."""
+    dtype = torch.promote_types(v.dtype, torch.float32)
+    if not layout.steps:
+        return torch.zeros_like(v), state_BVHJ.to(dtype)
+    out_dtype, heads_per_key, scale = v.dtype, v.shape[1] // k.shape[1], q.shape[-1] ** -0.5
+    q = layout.to_chunks((_normalize(q.to(dtype)) * scale).repeat_interleave(heads_per_key, 1))
+    k = layout.to_chunks(_normalize(k.to(dtype)).repeat_interleave(heads_per_key, 1))
+    v, log_decay, beta = (layout.to_chunks(x.to(dtype)) for x in (v, log_decay, beta))
+    k_beta = k * beta[..., None]
+    within = log_decay.cumsum(-1)
+    future = torch.ones(CHUNK, CHUNK, dtype=torch.bool).triu(1)
+    pair = (within[..., :, None] - within[..., None, :]).masked_fill(future, float("-inf")).exp()
+    system = (k_beta @ k.transpose(-1, -2)) * pair
+    attention = (q @ k.transpose(-1, -2)) * pair
+    from_start = within.exp()[..., None]
+    values, keys = (
+        torch.linalg.solve_triangular(system, wanted, upper=False, unitriangular=True)
+        for wanted in (v * beta[..., None], k_beta * from_start)
+    )
+    q = q * from_start
+    k = k * (within[..., -1:] - within).exp()[..., None]
+    state, outputs = state_BVHJ.to(dtype)[layout.order_B], []
+    for step in layout.steps:
+        count = step.stop - step.start
+        before = state[:count]
+        fresh = values[step] - keys[step] @ before
+        outputs.append(q[step] @ before + attention[step] @ fresh)
+        after = before * from_start[step, :, -1:] + k[step].transpose(-1, -2) @ fresh
+        state = torch.cat([after, state[count:]])
+    return layout.from_chunks(torch.cat(outputs)).to(out_dtype), state[layout.rank_B]
+
+
 class _GatedDeltaRule(torch.autograd.Function):
-    """A CPU keeps the chunks for backward. On a GPU only the inputs are kept, and the chunks computed again."""
+    """On a GPU: only the inputs are kept for backward, and the chunks computed again."""
 
     @staticmethod
     def forward(
@@ -272,7 +310,6 @@ class _GatedDeltaRule(torch.autograd.Function):
         final = chunks.pass_states(state)
         ctx.save_for_backward(*inputs)
         ctx.layout, ctx.chunked = layout, chunked
-        ctx.chunks = None if state.is_cuda else chunks
         return chunks.outputs(), final
 
     @staticmethod
@@ -280,10 +317,8 @@ class _GatedDeltaRule(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor, d_final: Tensor) -> tuple[Any, ...]:
         inputs = ctx.saved_tensors  # read once: under activation checkpointing reading recomputes
         *rows, state = inputs
-        chunks = ctx.chunks
-        if chunks is None:
-            chunks = ctx.chunked(ctx.layout, *rows)
-            chunks.pass_states(state)
+        chunks = ctx.chunked(ctx.layout, *rows)
+        chunks.pass_states(state)
         gradients = chunks.gradients(d_out, d_final)
         return None, None, *(g.to(x.dtype) for g, x in zip(gradients, inputs, strict=True))
 

@@ -66,7 +66,7 @@ _YARN_KINDS = {
     "partial_rotary_factor": "share",
 }
 _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "int": (lambda value: _is_int(value) and value >= 1, "it must be a whole number from 1."),
+    "int": (lambda value: _is_int(value) and 1 <= value < 2**31, "it must be a whole number from 1."),
     "count": (lambda value: _is_int(value) and value >= 0, "it must be a whole number from 0."),
     "float": (lambda value: _is_number(value) and 0 < value < math.inf, "it must be a number above 0."),
     "share": (lambda value: _is_number(value) and 0 < value <= 1, "it must be a number above 0, at most 1."),

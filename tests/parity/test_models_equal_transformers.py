@@ -18,7 +18,7 @@ from tiny_models import (
     relative_error,
     twin_of,
 )
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lockstep.models import LanguageModel
 
@@ -62,6 +62,27 @@ def test_logits_and_every_gradient_of_packed_documents_equal_transformers(family
     }
     assert errors.keys() == {name for name, grad in wanted_grads.items() if grad is not None}
     assert {name: error for name, error in errors.items() if not error <= tolerance} == {}
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_freshly_initialised_hybrid_computes_the_logits_of_transformers(seed: int) -> None:
+    """transformers' own start, with memories from a token to hundreds. The decays' gradients are then what is left of
+    sums that cancel, 1e-7 to 1e-3 in size, and two fp32 runs differ by more than 1e-4: all others are compared."""
+    torch.manual_seed(seed)
+    theirs = AutoModelForCausalLM.from_config(next_config(seed)).eval()
+    ours, documents, gap = twin_of(theirs), random_documents(LENGTHS, seed), RoutingGap()
+    upstream = torch.randn(sum(LENGTHS), VOCAB, generator=torch.Generator().manual_seed(seed))
+    got = packed_logits(ours, documents, gap)
+    wanted = hf_logits(theirs, documents)
+    assert relative_error(got, wanted) <= 1e-5
+    if gap.smallest <= SMALLEST_GAP:
+        return
+    (wanted * upstream).sum().backward()
+    (got * upstream).sum().backward()
+    theirs_by_name = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        if parameter.grad is not None and not name.endswith(("A_log", "dt_bias")):
+            assert relative_error(parameter.grad, theirs_by_name[name].grad) <= TOLERANCES["next"], name
 
 
 def test_the_seeds_cover_every_kind_of_config() -> None:

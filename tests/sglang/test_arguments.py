@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 from real_servers import PYTHON
 
-from lockstep.errors import OptionError
-from lockstep.rollout.sglang import known_flags, require_known, server_words
+from lockstep.errors import OptionError, RolloutError
+from lockstep.rollout.sglang import ServerProcess, known_flags, require_known, server_words
 
 SEEDS = {
     "mem_fraction_static": 0.7,
@@ -37,3 +40,20 @@ def test_it_has_no_argument_that_is_misspelt() -> None:
 def test_a_python_without_sglang_is_refused() -> None:
     with pytest.raises(OptionError, match="--sglang-python is '/bin/true'"):
         known_flags("/bin/true")
+
+
+def test_a_server_that_does_not_start_is_quoted(tmp_path: Path) -> None:
+    server = ServerProcess(
+        str(PYTHON),
+        ["--no-such-argument"],
+        model=tmp_path,
+        version="0",
+        environment=os.environ,
+        log=tmp_path / "logs" / "server-0.log",
+    )
+    with pytest.raises(RolloutError) as caught:
+        server.wait_until_ready(120)
+    server.close()
+    assert "it ended with exit code 2" in caught.value.reason
+    assert "unrecognized arguments: --no-such-argument" in caught.value.reason
+    assert caught.value.remedy == f"All of them are in {tmp_path / 'logs' / 'server-0.log'}."

@@ -54,9 +54,10 @@ def rollout_with(engine: SGLangEngine, fault: object) -> list[Generation]:
 
         async def one(number: int) -> Generation:
             params = SamplingParams(max_new_tokens=LENGTH)
-            generation = await engine.generate(PROMPTS[number], params, (0, 0, number, number))
-            answered.set()
-            return generation
+            try:
+                return await engine.generate(PROMPTS[number], params, (0, 0, number, number))
+            finally:
+                answered.set()
 
         tasks = [asyncio.create_task(one(number)) for number in range(len(PROMPTS))]
         await answered.wait()
@@ -112,6 +113,7 @@ def test_a_server_that_ended_between_rollouts_is_back_for_the_next_one(
 
 def test_a_hung_server_is_found_by_its_health_and_replaced(fleet: ServerFleet, model: LanguageModel) -> None:
     engine = engine_of(fleet, health_interval_s=2.0, health_timeout_s=10.0)
+    engine.set_version(3)
     before = processes_of(fleet)
     generations = rollout_with(engine, lambda: [process.suspend() for process in before])
     assert_each_is_answered_under_version_3(model, generations)
@@ -135,6 +137,7 @@ def test_a_server_that_answers_garbage_is_replaced(fleet: ServerFleet, model: La
             pass
 
     engine = engine_of(fleet)
+    engine.set_version(3)
     impostor = ThreadingHTTPServer(("127.0.0.1", 0), Impostor)
     thread = Thread(target=impostor.serve_forever)
     thread.start()

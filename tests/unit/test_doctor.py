@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
@@ -59,6 +60,10 @@ def test_a_good_machine_has_nothing_to_complain_about() -> None:
         (
             replace(GOOD, packages={**GOOD.packages, "torch": "2.14.0+cu130"}),
             "required packages", "stops", "torch 2.14.0+cu130 is outside <2.14,>=2.11",
+        ),
+        (
+            replace(GOOD, broken=(("numpy", "ImportError: libopenblas"),)),
+            "required packages", "stops", "numpy cannot be imported: ImportError: libopenblas",
         ),
         (replace(GOOD, torch_problem="OSError: libcudart.so"), "PyTorch", "stops", "OSError: libcudart.so"),
         (replace(GOOD, gpus=(), torch_cuda=None), "PyTorch", "costs", "is built for the CPU: runs use the CPU"),
@@ -133,6 +138,34 @@ def test_this_machine_is_read_as_it_is(tmp_path: Path, monkeypatch: pytest.Monke
     assert machine.omp_threads == 3
     assert 0 < machine.memory_left <= psutil.virtual_memory().total
     assert machine.folder == str(tmp_path)
+
+
+@pytest.mark.parametrize(("text", "threads"), [("4,2", 4), (" 8", 8), ("", 0), ("many", 0)])
+def test_the_number_of_threads_is_read_as_openmp_does(monkeypatch: pytest.MonkeyPatch, text: str, threads: int) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", text)
+    assert doctor.look(Path.cwd()).omp_threads == threads
+
+
+def run_with_broken(package: str, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """`lockstep doctor` where importing this package fails."""
+    (folder / package).mkdir()
+    (folder / package / "__init__.py").write_text("raise ImportError('half installed')")
+    python_path = os.pathsep.join([str(folder), str(Path(doctor.__file__).parents[1])])
+    return subprocess.run(
+        [sys.executable, "-m", "lockstep", "doctor", *words],
+        env=os.environ | {"PYTHONPATH": python_path, "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("package", ["torch", "transformers", "rich"])
+def test_a_package_that_is_there_and_broken_stops_without_a_traceback(tmp_path: Path, package: str) -> None:
+    done = run_with_broken(package, tmp_path)
+    assert done.returncode == 1
+    assert "ImportError: half installed" in done.stdout
+    assert "Traceback" not in done.stderr
 
 
 def test_a_checkout_that_is_not_installed_is_looked_at_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,10 +20,10 @@ from lockstep.checkpoint.hf.files import (
     TensorInfo,
     WeightFiles,
     dtype_name,
+    read_index,
     write_safetensors,
     written_order,
 )
-from lockstep.checkpoint.hf.files import read_index
 from lockstep.checkpoint.hf.folder import OnBytes, read_hf_config
 from lockstep.checkpoint.hf.fp8 import SCALE_SUFFIX
 from lockstep.checkpoint.megatron.ahead import one_ahead

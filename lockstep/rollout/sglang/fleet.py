@@ -19,7 +19,7 @@ from lockstep.weight_sync import Transport, WeightSource, verify_equal
 logger = logging.getLogger(__name__)
 
 _MAX_RESTARTS = 3
-"""Of one server in one run."""
+"""Of one server between two updates of all."""
 
 
 @dataclass(frozen=True)
@@ -152,8 +152,9 @@ class ServerFleet:
             if not self._restart_ended():
                 raise
             self._update(self.version)
-        for server in self.servers:
+        for server, member in self._members.items():
             self._open(server)
+            member.num_restarts = 0
 
     def _update(self, version: str) -> None:
         behind = [server for server in self.servers if self._loaded.get(server) != version or self.check_equal]
@@ -189,7 +190,7 @@ class ServerFleet:
         member.process.kill()
         member.num_restarts += 1
         if member.num_restarts > _MAX_RESTARTS:
-            raise member.process.error(f"it was lost {member.num_restarts} times.")
+            raise member.process.error(f"it was lost {member.num_restarts} times under the same weights.")
         member.process = self.plan.start(member.number, folder, self.version)
         server.api = member.process.api
         self._loaded[server] = self.version

@@ -90,15 +90,16 @@ class Recorder:
         self.calls.append("end")
 
     def advance(self, requests: list[Request], aborted: list[int]) -> list[tuple[int, Generation | Exception]]:
-        """A request for token 9 is refused, and one for token 8 never ends by itself."""
+        """A request for token 9 is refused; one for token 8 never ends by itself, and one for 7 waits to be poked."""
         self.calls.append([request.stream for request in requests])
         self.running += requests
         refused = [r for r in self.running if r.input_ids == [9]]
-        endless = [r for r in self.running if r.input_ids == [8] and r.number not in aborted]
+        endless = [r for r in self.running if r.input_ids in ([7], [8]) and r.number not in aborted]
         ended = [r for r in self.running if r.number in aborted] or refused
         ended = ended or [r for r in self.running if r not in endless][:1]
-        if not ended:
-            self.place.is_poked.wait()
+        if endless and not ended:
+            is_patient = endless[0].input_ids == [7]  # ranks that decode together come back for one another
+            self.place.is_poked.wait(20 if is_patient else 0.02)
         self.place.is_poked.clear()
         self.running = [r for r in self.running if r not in ended]
         error = RolloutError("prompt", [9], "it is refused.", "Ask for another.")

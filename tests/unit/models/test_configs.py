@@ -77,6 +77,9 @@ REFUSED_IN: list[tuple[str, str, Any]] = [
     ("dense", "rope_parameters", {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.5}),
     ("dense", "shared_expert_intermediate_size", 64),
     ("sparse", "shared_expert_intermediate_size", 64),
+    ("sparse", "qkv_bias", True),
+    ("sparse", "use_qk_norm", False),
+    ("next", "qkv_bias", False),
     ("sparse", "linear_num_key_heads", 4),
     ("dense", "layer_types", ["linear_attention"]),
     ("next", "layer_types", ["linear_attention"]),
@@ -229,6 +232,21 @@ def test_the_published_80b_config_is_read() -> None:
     assert isinstance(config, Qwen3NextConfig)
     assert (config.num_attention_layers, config.num_delta_layers, config.conv_channels) == (12, 36, 8192)
     assert config.rope == Rope(1e7, 64)
+
+
+def test_what_the_files_of_qwen3_coder_say_besides_is_accepted() -> None:
+    coder = HF["sparse"] | {"qkv_bias": False, "use_qk_norm": True, "shared_expert_intermediate_size": 0}
+    assert read_model_config(coder) == read_model_config(HF["sparse"])
+
+
+@pytest.mark.parametrize("family", ["sparse", "next"])
+def test_without_experts_every_layer_is_dense_whatever_the_experts_would_be(family: str) -> None:
+    """transformers writes the fields of experts that are not there as well."""
+    hf = HF[family] | {"num_experts": 0, "num_local_experts": 0}
+    if "num_experts" in HF[family]:
+        del hf["num_local_experts"]
+    assert hf["num_experts_per_tok"] > 0
+    assert read_model_config(hf).num_sparse_layers == 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)
