@@ -168,7 +168,9 @@ def _delta_net(config: Qwen3NextConfig, pack: Pack) -> BlockMemory:
         of_keys, of_values = 2 * pack.fp32(keys, key_dim), pack.fp32(values, 3 * value_dim + 3 * key_dim + 4)
         kept["convolution"] += 2 * pack.fp32(config.conv_channels)
         kept["chunks"] = 4 * pairs + of_keys + of_values + states
-        forward, backward = sum(kept.values()), 4 * pairs + of_values + 2 * states
+        without_gradient = 3 * pairs + pack.fp32(values, 3 * value_dim + 4 * key_dim)
+        forward = kept["convolution"] + kept["decay and strength"] + without_gradient
+        backward = 4 * pairs + of_values + 2 * states
     else:
         in_16_bits = states * pack.element // _FP32
         chunks = pack.numbers(values, 2 * value_dim + key_dim + CHUNK) + in_16_bits

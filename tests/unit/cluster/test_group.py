@@ -87,7 +87,7 @@ def test_a_killed_rank_is_named_with_its_last_words_and_nobody_is_left(capfd: py
     pids, begun = processes(group), time.monotonic()
     with pytest.raises(RankError) as raised:
         group.call("die_at_second")
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 10
     assert (raised.value.field, raised.value.value) == ("rank 1", "killed by SIGKILL")
     assert "`die_at_second`; its last words: last words" in raised.value.reason
     with pytest.raises(RankError, match="rank 1"):
@@ -111,8 +111,9 @@ def test_a_rank_that_fails_alone_is_named_with_its_traceback(capfd: pytest.Captu
 
 
 def test_a_silent_rank_is_named_although_the_other_is_busy() -> None:
-    group = started(timeout_s=1.5)
+    group = started()
     group.wait_for_start()
+    group.timeout_s = 1.5
     pids = processes(group)
     with pytest.raises(RankError) as raised:
         group.call("be_silent")
