@@ -65,9 +65,11 @@ class WeightFiles:
         self._open: dict[str, Any] = {}
         weight_map = None if self.index is None else self.index["weight_map"]
         self.files = [SINGLE] if weight_map is None else sorted(set(weight_map.values()))
-        self._refuse_other_files()
+        if weight_map is None:  # of shards without their index, the index is what is missing
+            self._refuse_other_files()
         for file in self.files:
             self._read_header(file, weight_map)
+        self._refuse_other_files()
         for name, file in (weight_map or {}).items():
             if name not in self.file_of:
                 raise CheckpointError(
