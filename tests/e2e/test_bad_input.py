@@ -185,7 +185,10 @@ INPUTS: dict[str, tuple[Prepare, tuple[str, ...]]] = {
     "no config": (changed_model(lambda f: (f / "config.json").unlink()), ("--hf-checkpoint", "no config.json", "Give")),
     "broken config": (changed_model(lambda f: truncated(f / "config.json")), ("config.json is", "Download")),
     "config of a list": (changed_model(lambda f: (f / "config.json").write_text("[]")), ("'list'", "JSON object")),
-    "another architecture": (config_with(model_type="llama"), ("model_type is 'llama'", "qwen3, qwen3_moe, qwen3_next", "Give")),
+    "another architecture": (
+        config_with(model_type="llama"),
+        ("model_type is 'llama'", "qwen3, qwen3_moe, qwen3_next", "Give"),
+    ),
     "config without a size": (config_with(hidden_size=...), ("hidden_size", "missing")),
     "sliding window": (config_with(use_sliding_window=True, sliding_window=8), ("use_sliding_window is True", "Use")),
     "missing tensor": (
