@@ -191,7 +191,7 @@ def gated_delta_rule(
 
 def _kernels_for(k_TKH: Tensor, v_TVJ: Tensor) -> Kernels:
     """Triton's and fla's kernels multiply in 16 bits, so fp32 inputs stay with torch."""
-    if not v_TVJ.is_cuda or v_TVJ.dtype not in (torch.bfloat16, torch.float16):
+    if v_TVJ.dtype not in (torch.bfloat16, torch.float16):
         return "torch"
     return kernels_on(v_TVJ.device.index, *k_TKH.shape[1:], *v_TVJ.shape[1:])
 

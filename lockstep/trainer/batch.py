@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lockstep.algorithms import token_loss_weights
+from lockstep.algorithms import LossInputs, token_loss_weights
 from lockstep.kernels.linear_log_probs import KeptTokens
 
 
@@ -112,6 +112,20 @@ class MicroBatch:
             ref_log_probs_R=_concatenated([s.ref_log_probs for s in samples], device),
             kept=_kept_tokens(samples, device),
             routed_experts_TLS=_routed_experts(samples, device),
+        )
+
+    def loss_inputs(self, policy_R: Tensor, entropy_R: Tensor | None) -> LossInputs:
+        """What a loss takes, once the policy's log-probs and entropy `[R]` are there."""
+        return LossInputs(
+            policy_log_probs=policy_R,
+            old_log_probs=self.old_log_probs_R,
+            rollout_log_probs=self.rollout_log_probs_R,
+            ref_log_probs=self.ref_log_probs_R,
+            entropy=entropy_R,
+            advantages=self.advantages_R,
+            loss_mask=self.loss_mask_R,
+            loss_weights=self.loss_weights_R,
+            sample_ids=self.sample_ids_R,
         )
 
 

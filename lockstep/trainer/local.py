@@ -6,27 +6,28 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from lockstep.algorithms import Loss, LossInputs
+from lockstep.algorithms import Loss
 from lockstep.checkpoint.hf import OnBytes, save_hf_model
 from lockstep.checkpoint.tensors import load_tensors, save_tensors
 from lockstep.config import BatchingOptions, OptimizerOptions
 from lockstep.kernels.linear_log_probs import linear_log_probs
 from lockstep.kernels.packed import PackedDocuments
 from lockstep.models import LanguageModel
-from lockstep.models.layers.moe import ChooseExperts, RecordRoutes, top_k_experts
+from lockstep.models.layers.moe import ChooseExperts, RecordRoutes
 from lockstep.trainer.backward import BackwardOrder, ByLayer, ByMicroBatch, Pass
 from lockstep.trainer.batch import MicroBatch, TrainSample, pack_by_count, pack_by_tokens
+from lockstep.trainer.counts import Counts
 from lockstep.trainer.engine import LogProbs, StepResult
 from lockstep.trainer.optimizer import Optimizer, learning_rate
-from lockstep.trainer.routes import CompareRoutes, ReplayRoutes
+from lockstep.trainer.routes import CompareRoutes, ReplayRoutes, choose_experts
 
 
-class LocalTrainer:
+class LocalTrainer(Counts):
     """Forward, backward and update on one device.
 
     Args:
@@ -53,10 +54,11 @@ class LocalTrainer:
         num_steps: int,
         on_micro_batch: Callable[[int], None] = lambda _: None,
     ) -> None:
+        super().__init__()
         self.model = model
         self.reference = reference
         self.loss = loss
-        self.optimizer = Optimizer(model, optimizer, settles=batching.backward_order == "layer")
+        self.optimizer: Optimizer = Optimizer(model, optimizer, settles=batching.backward_order == "layer")
         self.optimizer_options = optimizer
         self.batching = batching
         self.temperature = temperature
@@ -64,9 +66,6 @@ class LocalTrainer:
         self.routing = routing
         self.num_steps = num_steps
         self.on_micro_batch = on_micro_batch
-        self.version = 0
-        self.num_steps_done = 0
-        self._reference_moved = False
         self._backward: BackwardOrder = ByMicroBatch(recompute=batching.recompute_granularity == "full")
         if batching.backward_order == "layer":
             self._backward = ByLayer(self.optimizer.gradients.settle)
@@ -100,8 +99,8 @@ class LocalTrainer:
         results: list[LogProbs | None] = [None] * len(samples)
         for members in self._micro_batches(samples, self.batching.log_probs_max_tokens_per_gpu):
             batch = MicroBatch.build([samples[i] for i in members], self.device)
-            replays = self.routing == "rollout"
-            choose: ChooseExperts = top_k_experts if reference else _choose_experts(batch, replays=replays)
+            recorded_TLS = None if reference else batch.routed_experts_TLS
+            choose = choose_experts(recorded_TLS, replays=self.routing == "rollout")
             records = RecordRoutes(choose) if self.routing == "old" and not reference else None
             documents = PackedDocuments(batch.lengths, self.device)
             hidden_TD = model(batch.input_ids_T, batch.positions_T, documents, records or choose)
@@ -120,19 +119,7 @@ class LocalTrainer:
 
         def finish(members: list[int], batch: MicroBatch, choose: ChooseExperts, hidden_TD: Tensor) -> Tensor:
             policy_R, entropy_R = self._project(self.model, batch, hidden_TD, with_entropy=self.needs_entropy)
-            output = self.loss(
-                LossInputs(
-                    policy_log_probs=policy_R,
-                    old_log_probs=batch.old_log_probs_R,
-                    rollout_log_probs=batch.rollout_log_probs_R,
-                    ref_log_probs=batch.ref_log_probs_R,
-                    entropy=entropy_R,
-                    advantages=batch.advantages_R,
-                    loss_mask=batch.loss_mask_R,
-                    loss_weights=batch.loss_weights_R,
-                    sample_ids=batch.sample_ids_R,
-                )
-            )
+            output = self.loss(batch.loss_inputs(policy_R, entropy_R))
             for name, value in output.metrics.items():
                 totals[name] = totals.get(name, 0.0) + float(value)
             for index, result in zip(members, _per_sample(batch, policy_R.detach(), choose), strict=True):
@@ -143,7 +130,7 @@ class LocalTrainer:
         def passes() -> Iterator[Pass]:
             for members in self._micro_batches(samples, self.batching.max_tokens_per_gpu):
                 batch = MicroBatch.build([samples[i] for i in members], self.device)
-                choose = _choose_experts(batch, replays=self.routing != "own")
+                choose = choose_experts(batch.routed_experts_TLS, replays=self.routing != "own")
                 documents = PackedDocuments(batch.lengths, self.device)
                 yield Pass(batch, documents, choose, partial(finish, members, batch, choose))
 
@@ -151,14 +138,9 @@ class LocalTrainer:
         lr = learning_rate(self.optimizer_options, self.num_steps_done, num_steps=self.num_steps)
         updates_before = self.optimizer.num_updates
         grad_norm = self.optimizer.start_step(lr)
-        self.num_steps_done += 1
-        self.version += 1
-        metrics = {f"train/{name}": value for name, value in totals.items()} | {
-            "train/grad_norm": grad_norm,
-            "train/lr-pg_0": lr,
-            "train/skipped_steps": float(self.optimizer.num_updates == updates_before),
-            "train/global_batch_size": float(len(samples)),
-        }
+        metrics = self._count_step(
+            totals, grad_norm=grad_norm, lr=lr, updates_before=updates_before, num_samples=len(samples)
+        )
         return StepResult(metrics, [result for result in results if result is not None])
 
     @contextmanager
@@ -185,20 +167,6 @@ class LocalTrainer:
         with self.rollout_weights() as model:
             save_hf_model(model, folder, source=source, on_bytes=on_bytes)
 
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "version": self.version,
-            "num_steps_done": self.num_steps_done,
-            "num_updates": self.optimizer.num_updates,
-            "reference_moved": self._reference_moved,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.version = state["version"]
-        self.num_steps_done = state["num_steps_done"]
-        self.optimizer.num_updates = state["num_updates"]
-        self._reference_moved = state["reference_moved"]
-
     def _state(self, with_optimizer: bool) -> Iterator[tuple[str, Tensor]]:
         self.optimizer.wait(self.optimizer.parameters)
         yield from ((f"model.{name}", p.detach()) for name, p in self.model.named_parameters())
@@ -224,12 +192,6 @@ class LocalTrainer:
             chunk_rows=self.batching.log_probs_chunk_size if self.batching.log_probs_chunk_size > 0 else None,
             with_entropy=with_entropy,
         )
-
-
-def _choose_experts(batch: MicroBatch, *, replays: bool) -> ChooseExperts:
-    if batch.routed_experts_TLS is None:
-        return top_k_experts
-    return (ReplayRoutes if replays else CompareRoutes)(batch.routed_experts_TLS)
 
 
 def _per_sample(batch: MicroBatch, log_probs_R: Tensor, choose: ChooseExperts) -> list[LogProbs]:

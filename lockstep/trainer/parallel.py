@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
-from lockstep.algorithms import Loss, LossInputs
+from lockstep.algorithms import Loss
 from lockstep.checkpoint.tensors import load_tensors, save_tensors, tensor_names
 from lockstep.config import BatchingOptions, OptimizerOptions
 from lockstep.errors import CheckpointError
@@ -40,9 +40,10 @@ from lockstep.parallel.rows import RankRows
 from lockstep.parallel.shard import sharded_parameters
 from lockstep.parallel.whole import WholeModel
 from lockstep.trainer.batch import MicroBatch, TrainSample, pack_by_count, pack_by_tokens
+from lockstep.trainer.counts import Counts
 from lockstep.trainer.engine import LogProbs, StepResult
 from lockstep.trainer.optimizer import learning_rate
-from lockstep.trainer.routes import CompareRoutes, ReplayRoutes
+from lockstep.trainer.routes import CompareRoutes, ReplayRoutes, choose_experts
 from lockstep.trainer.shards import CUT, ShardOptimizer
 
 _NOTHING = TrainSample(
@@ -85,7 +86,7 @@ class _Pack:
     routed_experts_SLK: Tensor | None
 
 
-class ParallelTrainer:
+class ParallelTrainer(Counts):
     """Forward, backward and update over all ranks of a layout.
 
     Args:
@@ -111,11 +112,12 @@ class ParallelTrainer:
         device: torch.device,
         on_micro_batch: Callable[[int], None] = lambda _: None,
     ) -> None:
+        super().__init__()
         self.model = model
         self.meshes = meshes
         self.reference = reference
         self.loss = loss
-        self.optimizer = ShardOptimizer(list(sharded_parameters(model, meshes)), optimizer)
+        self.optimizer: ShardOptimizer = ShardOptimizer(list(sharded_parameters(model, meshes)), optimizer)
         self.optimizer_options = optimizer
         self.batching = batching
         self.temperature = temperature
@@ -124,9 +126,6 @@ class ParallelTrainer:
         self.num_steps = num_steps
         self.device = device
         self.on_micro_batch = on_micro_batch
-        self.version = 0
-        self.num_steps_done = 0
-        self._reference_moved = False
         recomputes = batching.recompute_granularity == "full"
         self._run_layer: RunLayer = partial(checkpoint, use_reentrant=False) if recomputes else run_layer
 
@@ -145,7 +144,7 @@ class ParallelTrainer:
             pack = packs[index]
             choose: ChooseExperts = top_k_experts
             if not reference:
-                choose = _choose_experts(pack, replays=self.routing == "rollout")
+                choose = choose_experts(pack.routed_experts_SLK, replays=self.routing == "rollout")
             routes.append(choose)
             recorded.append(RecordRoutes(choose))
             hidden_SD = self._hidden(model, pack, recorded[-1], received)
@@ -169,14 +168,14 @@ class ParallelTrainer:
 
         def forward(index: int, received: Tensor | None) -> Tensor:
             pack = packs[index]
-            routes.append(_choose_experts(pack, replays=self.routing != "own"))
+            routes.append(choose_experts(pack.routed_experts_SLK, replays=self.routing != "own"))
             hidden_SD = self._hidden(self.model, pack, routes[-1], received)
             self.on_micro_batch(len(pack.members))
             if not self.meshes.is_last_stage:
                 return hidden_SD
             policy_R, entropy_R = self._log_probs(self.model, pack, hidden_SD, with_entropy=self.needs_entropy)
             policies.append(policy_R.detach())
-            output = self.loss(_loss_inputs(pack.batch, policy_R, entropy_R))
+            output = self.loss(pack.batch.loss_inputs(policy_R, entropy_R))
             for name, value in output.metrics.items():
                 totals[name] = totals.get(name, 0.0) + float(value)
             return output.loss
@@ -185,15 +184,11 @@ class ParallelTrainer:
         lr = learning_rate(self.optimizer_options, self.num_steps_done, num_steps=self.num_steps)
         updates_before = self.optimizer.num_updates
         grad_norm = self.optimizer.step(lr)
-        self.num_steps_done += 1
-        self.version += 1
         parts = self._everybodys([totals] if self._speaks else [])
-        metrics = {f"train/{name}": sum(part[name] for part in parts) for name in parts[0]} | {
-            "train/grad_norm": grad_norm,
-            "train/lr-pg_0": lr,
-            "train/skipped_steps": float(self.optimizer.num_updates == updates_before),
-            "train/global_batch_size": float(len(samples)),
-        }
+        totals = {name: sum(part[name] for part in parts) for name in parts[0]}
+        metrics = self._count_step(
+            totals, grad_norm=grad_norm, lr=lr, updates_before=updates_before, num_samples=len(samples)
+        )
         return StepResult(metrics, self._results(packs, policies, routes))
 
     def rollout_weights(self) -> AbstractContextManager[LanguageModel]:
@@ -219,20 +214,6 @@ class ParallelTrainer:
         load_tensors(folder, state)
         if not with_optimizer:
             self.optimizer.restart()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "version": self.version,
-            "num_steps_done": self.num_steps_done,
-            "num_updates": self.optimizer.num_updates,
-            "reference_moved": self._reference_moved,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.version = state["version"]
-        self.num_steps_done = state["num_steps_done"]
-        self.optimizer.num_updates = state["num_updates"]
-        self._reference_moved = state["reference_moved"]
 
     def update_reference(self) -> None:
         assert self.reference is not None, "no reference model was loaded"
@@ -369,26 +350,6 @@ def _require_the_same_blocks(folder: Path, state: dict[str, Tensor]) -> None:
                 f"a block of 8-bit moments must not cross ranks, and here {parts or 1} share it.",
                 "Resume with the sizes of tensor and data parallelism that wrote it, or save with --no-save-optim.",
             )
-
-
-def _choose_experts(pack: _Pack, *, replays: bool) -> ChooseExperts:
-    if pack.routed_experts_SLK is None:
-        return top_k_experts
-    return (ReplayRoutes if replays else CompareRoutes)(pack.routed_experts_SLK)
-
-
-def _loss_inputs(batch: MicroBatch, policy_R: Tensor, entropy_R: Tensor | None) -> LossInputs:
-    return LossInputs(
-        policy_log_probs=policy_R,
-        old_log_probs=batch.old_log_probs_R,
-        rollout_log_probs=batch.rollout_log_probs_R,
-        ref_log_probs=batch.ref_log_probs_R,
-        entropy=entropy_R,
-        advantages=batch.advantages_R,
-        loss_mask=batch.loss_mask_R,
-        loss_weights=batch.loss_weights_R,
-        sample_ids=batch.sample_ids_R,
-    )
 
 
 def _per_sample(pack: _Pack, log_probs_R: Tensor, flips_T: Tensor | None) -> list[tuple[int, LogProbs]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lockstep.models.layers.moe import top_k_experts
+from lockstep.models.layers.moe import ChooseExperts, top_k_experts
 
 
 class CompareRoutes:
@@ -40,3 +40,10 @@ class ReplayRoutes:
     def __call__(self, moe_index: int, probs_TE: Tensor, top_k: int) -> Tensor:
         recorded_TS = self.recorded_TLS[:, moe_index]
         return torch.where(recorded_TS >= 0, recorded_TS, top_k_experts(moe_index, probs_TE, top_k))
+
+
+def choose_experts(recorded_TLS: Tensor | None, *, replays: bool) -> ChooseExperts:
+    """The router's own choice where nothing was recorded; else replayed, or compared with the record."""
+    if recorded_TLS is None:
+        return top_k_experts
+    return (ReplayRoutes if replays else CompareRoutes)(recorded_TLS)

@@ -5,6 +5,8 @@ T packed tokens, D model width.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 from torch import Tensor, nn
 
 from lockstep.models.config import ModelConfig
@@ -14,7 +16,7 @@ from lockstep.models.layers.moe import ChooseExperts, MoE
 from lockstep.models.layers.norm import RMSNorm
 
 
-class Block(nn.Module):
+class Block(nn.Module, ABC):
     """A family adds its way of mixing, under HF's name for it, and says in `mix` how it is called."""
 
     def __init__(
@@ -42,8 +44,9 @@ class Block(nn.Module):
         self.input_layernorm = norm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = norm(config.hidden_size, config.rms_norm_eps)
 
+    @abstractmethod
     def mix(self, x_TD: Tensor, rotary: tuple[Tensor, Tensor], mixer: TokenMixer) -> Tensor:
-        raise NotImplementedError
+        """What the normed rows learn from each other, `[T, D]`."""
 
     def forward(
         self, x_TD: Tensor, rotary: tuple[Tensor, Tensor], mixer: TokenMixer, choose_experts: ChooseExperts
