@@ -14,7 +14,9 @@ import argparse
 import json
 import resource
 import time
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -120,16 +122,23 @@ def samples(seed: int) -> list[TrainSample]:
 
 
 def overlapped_steps(trainer: LocalTrainer, count: int) -> dict[str, Any]:
-    """Steps as a run makes them, the last update included."""
+    """Steps as a run makes them. A step returns when its gradient norm is known, so from the second on each takes its
+    own passes and what the update before it added to them."""
     batches = [samples(100 + number) for number in range(count)]
     torch.cuda.reset_peak_memory_stats()
     torch.cuda.synchronize()
-    start = time.perf_counter()
-    norms = [trainer.step(batch).metrics["train/grad_norm"] for batch in batches]
+    marks, norms = [time.perf_counter()], []
+    for batch in batches:
+        norms.append(trainer.step(batch).metrics["train/grad_norm"])
+        marks.append(time.perf_counter())
     dict(trainer.optimizer.named_state())  # waits for the last update
     torch.cuda.synchronize()
-    step_s = (time.perf_counter() - start) / count
+    last_update_s = time.perf_counter() - marks[-1]
+    steps_s = [end - start for start, end in pairwise(marks)]
+    step_s = median(steps_s[1:])
     return {
+        "steps_s": steps_s,
+        "last_update_s": last_update_s,
         "step_s": step_s,
         "tokens_per_s": STEP / step_s,
         "model_tflops_update_included": flops_per_token(trainer.model) * STEP / step_s / 1e12,

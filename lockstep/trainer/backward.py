@@ -74,7 +74,7 @@ class ByLayer:
     def run(self, model: LanguageModel, passes: Iterable[Pass]) -> None:
         passes = list(passes)
         rotary = [model.rotary(one.batch.positions_T) for one in passes]
-        inputs = [self._layer_inputs(model, one, tables) for one, tables in zip(passes, rotary, strict=True)]
+        inputs = self._layer_inputs(model, passes, rotary)
         grads = []
         for one, own in zip(passes, inputs, strict=True):
             last_TD = own.pop().requires_grad_()
@@ -94,9 +94,15 @@ class ByLayer:
         self._settle(["model.embed_tokens.weight"])
 
     @torch.no_grad()
-    def _layer_inputs(self, model: LanguageModel, one: Pass, rotary: tuple[Tensor, Tensor]) -> list[Tensor]:
-        """What each block gets, and last what the final norm gets."""
-        inputs = [model.model.embed_tokens(one.batch.input_ids_T)]
+    def _layer_inputs(
+        self, model: LanguageModel, passes: list[Pass], rotary: list[tuple[Tensor, Tensor]]
+    ) -> list[list[Tensor]]:
+        """For each pass what each block gets, and last what the final norm gets.
+
+        Layer by layer here too: an update that is still streaming has the whole forward to hide behind.
+        """
+        inputs = [[model.model.embed_tokens(one.batch.input_ids_T)] for one in passes]
         for block in model.model.layers.values():
-            inputs.append(block(inputs[-1], rotary, one.documents, one.choose))
+            for one, own, tables in zip(passes, inputs, rotary, strict=True):
+                own.append(block(own[-1], tables, one.documents, one.choose))
         return inputs
