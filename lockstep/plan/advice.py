@@ -120,10 +120,13 @@ def _smaller_micro_batches(config: Config, longest: int) -> Iterator[list[Change
     if batching.use_dynamic_batch_size and batching.max_tokens_per_gpu is not None:
         now = batching.max_tokens_per_gpu
         sizes = [size for part in (2, 4, 8) if (size := now // part) >= longest] or [longest] * (now > longest)
-        yield [
-            Change((("max_tokens_per_gpu", size), ("log_probs_max_tokens_per_gpu", size)), why, 1.5 + now / size / 10)
-            for size in sizes
-        ]
+        if sizes:
+            yield [
+                Change(
+                    (("max_tokens_per_gpu", size), ("log_probs_max_tokens_per_gpu", size)), why, 1.5 + now / size / 10
+                )
+                for size in sizes
+            ]
     elif batching.micro_batch_size > 1:
         half = batching.micro_batch_size // 2
         yield [Change((("micro_batch_size", size),), why, 1.5 + 1 / size) for size in sorted({1, half})]

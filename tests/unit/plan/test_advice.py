@@ -21,6 +21,11 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "30B on one H200": ("30B-A3B", ONE_H200, {}),
     "4B on one H100": ("4B", "1xH100-80G,128G-host", {}),
     "Next on eight H100": ("Next-80B-A3B", EIGHT_H100, EIGHT_RANKS),
+    "Next with micro-batches of just one sample": (
+        "Next-80B-A3B",
+        EIGHT_H100,
+        EIGHT_RANKS | {"max_tokens_per_gpu": 8192, "recompute_granularity": "full"},
+    ),
     "30B with seven GPUs idle": ("30B-A3B", EIGHT_H100, {}),
     "30B with little on the host": ("30B-A3B", ONE_H200, ONE_GPU | {"optimizer_offload_fraction": 0.5}),
     "30B with all on the host": (
