@@ -3,7 +3,7 @@
     python benchmarks/layers_gpu.py OUTPUT_FOLDER [GEOMETRY ...]
 
 Prints, for each geometry, milliseconds and model TFLOP/s per layer and for the projection to the vocabulary, and writes
-the time of every kernel beside them.
+the time of every kernel and its share beside them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
@@ -49,7 +50,7 @@ def main(folder: Path, names: list[str]) -> None:
         result, kernels = measure(random_model(config))
         (folder / f"layers-{name}.json").write_text(json.dumps(result, indent=2) + "\n")
         (folder / f"layers-{name}.txt").write_text(kernels)
-        print(name, json.dumps(result), flush=True)
+        print(name, json.dumps({key: value for key, value in result.items() if key != "shares"}), flush=True)
         torch.cuda.empty_cache()
 
 
@@ -65,7 +66,7 @@ def random_model(config: ModelConfig) -> LanguageModel:
     return model
 
 
-def measure(model: LanguageModel) -> tuple[dict[str, float], str]:
+def measure(model: LanguageModel) -> tuple[dict[str, Any], str]:
     config = model.config
     documents = PackedDocuments([DOCUMENT] * (TOKENS // DOCUMENT), torch.device("cuda"))
     ids = torch.randint(0, config.vocab_size, (TOKENS,), device="cuda")
@@ -88,13 +89,17 @@ def measure(model: LanguageModel) -> tuple[dict[str, float], str]:
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
         step()
         torch.cuda.synchronize()
-    kernels = profiled.key_averages().table(sort_by="self_cuda_time_total", row_limit=45, max_name_column_width=70)
+    averages = profiled.key_averages()
+    kernels = averages.table(sort_by="self_cuda_time_total", row_limit=45, max_name_column_width=70)
+    on_gpu = [event for event in averages if event.device_type == DeviceType.CUDA]
+    total = sum(event.self_device_time_total for event in on_gpu)
     return {
         "layer_ms": layer_ms,
         "layer_model_tflops": flops / layer_ms / 1e9,
         "vocabulary_ms": vocabulary_ms,
         "vocabulary_tflops": 6 * VOCABULARY * config.hidden_size * TOKENS / vocabulary_ms / 1e9,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "shares": {event.key: event.self_device_time_total / total for event in on_gpu},
     }, kernels
 
 

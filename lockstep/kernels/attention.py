@@ -1,11 +1,14 @@
-"""Causal attention over packed documents (training) and over a paged cache (sampling).
+"""Causal attention over packed documents; `paged_attention.py` beside it has the sampler's, over a paged cache.
 
-T packed query tokens, N query heads, K key/value heads, H head dim, B sequences, L padded length.
+T packed query tokens, S packed key tokens, N query heads, K key/value heads, H head dim, B sequences, L padded length.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import cache, cached_property
+from itertools import accumulate
 from typing import Any, cast
 
 import torch
@@ -14,6 +17,8 @@ from torch import Tensor
 from torch.autograd.graph import Node
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lockstep.kernels.fused import apply, is_fused
 
 _deterministic: Any = torch.utils.deterministic
 
@@ -37,19 +42,125 @@ class PackedAttention:
     """Attention inside documents of the given lengths; builds its index tables once for all layers."""
 
     def __init__(self, lengths: list[int], device: torch.device) -> None:
-        self.cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
-        self.max_length = max(lengths, default=0)
-        self._buckets = [_Bucket(members, device) for members in _length_buckets(lengths)]
-        if self._buckets:
-            self._inverse = torch.cat([bucket.real_rows for bucket in self._buckets]).argsort()
+        self.segments = SegmentAttention(lengths, lengths, device)
+        self._lengths, self._device = lengths, device
 
     def __call__(self, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
-        if not self._buckets:
+        if not any(self._lengths):
             return torch.zeros_like(q_TNH)
         if q_TNH.is_cuda and q_TNH.dtype != torch.float32:
-            lengths = self.cu_seqlens, self.cu_seqlens, self.max_length, self.max_length
-            return varlen_attention(q_TNH, k_TKH, v_TKH, *lengths)
+            return self.segments(q_TNH, k_TKH, v_TKH)
         return torch.cat([bucket.attend(q_TNH, k_TKH, v_TKH) for bucket in self._buckets])[self._inverse]
+
+    @cached_property
+    def _buckets(self) -> list[_Bucket]:
+        return [_Bucket(members, self._device) for members in _length_buckets(self._lengths)]
+
+    @cached_property
+    def _inverse(self) -> Tensor:
+        return torch.cat([bucket.real_rows for bucket in self._buckets]).argsort()
+
+
+class SegmentAttention:
+    """Attention on a GPU, in 16 bits, where the queries of every document are the last of its keys.
+
+    Both kernels behind it repeat bit for bit, forward and backward. Triton's, on a Hopper GPU, gives a token the same
+    bits whatever else is in the pack, and whether its document's queries come at once or in several calls.
+    """
+
+    def __init__(self, query_lengths: Sequence[int], key_lengths: Sequence[int], device: torch.device) -> None:
+        self.query_lengths, self.key_lengths, self.device = query_lengths, key_lengths, device
+
+    def __call__(self, q_TNH: Tensor, k_SKH: Tensor, v_SKH: Tensor) -> Tensor:
+        if has_own_kernel(q_TNH, k_SKH, v_SKH):
+            return self.with_log_sums(q_TNH, k_SKH, v_SKH)[0]
+        longest = max(self.query_lengths), max(self.key_lengths)
+        return varlen_attention(q_TNH, k_SKH, v_SKH, self._cu_queries, self._cu_keys, *longest)
+
+    def with_log_sums(
+        self, q_TNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, found: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Also the log sums `[N, T]` that backward needs; see `has_own_kernel`.
+
+        Args:
+            found: what an earlier call with equal inputs returned. It is not computed again.
+        """
+        from lockstep.kernels.flash_attention_triton import FlashAttention
+
+        results: tuple[Tensor, Tensor] = apply(FlashAttention, q_TNH, k_SKH, v_SKH, self._tiles, found)
+        return results
+
+    @cached_property
+    def _tiles(self) -> Tiles:
+        return Tiles(self.query_lengths, self.key_lengths, self.device)
+
+    @cached_property
+    def _cu_queries(self) -> Tensor:
+        return _ends(self.query_lengths, self.device)
+
+    @cached_property
+    def _cu_keys(self) -> Tensor:
+        return _ends(self.key_lengths, self.device)
+
+
+def _ends(lengths: Sequence[int], device: torch.device) -> Tensor:
+    """0, and where each of them ends."""
+    return torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(device)
+
+
+class Tiles:
+    """What each program of Triton's kernels works on, the longest first; the queries of a document are its last keys.
+
+    Tables are int32 and made once for each number of rows that a program takes.
+    """
+
+    def __init__(self, query_lengths: Sequence[int], key_lengths: Sequence[int], device: torch.device) -> None:
+        ends_of_queries, ends_of_keys = accumulate(query_lengths), accumulate(key_lengths)
+        self._documents = [
+            (end_query - queries, end_query, end_key - keys, end_key)
+            for queries, end_query, keys, end_key in zip(
+                query_lengths, ends_of_queries, key_lengths, ends_of_keys, strict=True
+            )
+        ]
+        self._device = device
+        self._tables: dict[tuple[str, int], Tensor] = {}
+
+    def of_queries(self, size: int) -> Tensor:
+        """`[tiles, 4]`: first query, end of the document's queries, its first key, keys before the first query's."""
+        rows = [
+            (query, end_query, first_key, end_key - end_query + query - first_key)
+            for first_query, end_query, first_key, end_key in self._documents
+            for query in range(first_query, end_query, size)
+        ]
+        return self._table(("queries", size), rows, lambda row: -row[3])
+
+    def of_keys(self, size: int) -> Tensor:
+        """`[tiles, 5]`: first key, end of the document's keys, the first query that sees it, end of the document's
+        queries, and by how many keys that query comes later."""
+        rows = []
+        for first_query, end_query, first_key, end_key in self._documents:
+            for key in range(first_key, end_key, size):
+                own = end_query - (end_key - key)  # the query at this key's place; before the first one, there is none
+                query = max(first_query, own)
+                rows.append((key, end_key, query, end_query, query - own))
+        return self._table(("keys", size), rows, lambda row: row[2] - row[3])
+
+    def _table(
+        self, name: tuple[str, int], rows: Sequence[tuple[int, ...]], order: Callable[[tuple[int, ...]], int]
+    ) -> Tensor:
+        if name not in self._tables:
+            self._tables[name] = torch.tensor(sorted(rows, key=order), dtype=torch.int32).to(self._device)
+        return self._tables[name]
+
+
+def has_own_kernel(q_TNH: Tensor, *others: Tensor) -> bool:
+    """Whether Triton's kernels compute attention of these: in bf16 on a Hopper GPU, for the usual head sizes."""
+    return is_fused(q_TNH, *others) and q_TNH.shape[-1] in (64, 128, 256) and _is_hopper(q_TNH.device)
+
+
+@cache
+def _is_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] == 9
 
 
 def _length_buckets(lengths: list[int]) -> list[list[tuple[int, int]]]:
@@ -119,23 +230,3 @@ def _repeat_bit_for_bit(node: Node) -> None:
 
     node.register_prehook(switch_on)
     node.register_hook(switch_back)
-
-
-def paged_attention(q_BQNH: Tensor, kv_cache: Tensor, block_tables: Tensor, bias_BQL: Tensor) -> Tensor:
-    """Attention of Q new tokens per sequence over its cached keys and values.
-
-    Shapes: `kv_cache` is [2, K, blocks, block size, H], keys first; `block_tables` [B, blocks per sequence] holds each
-    sequence's blocks in order, padded with any valid block; `bias_BQL` is 0 on those of their L = blocks x block size
-    slots that a query may see (at least one) and -inf elsewhere. Result [B, Q, N, H].
-    """
-    batch, width = q_BQNH.shape[:2]
-    _, num_keys, _, block_size, head_dim = kv_cache.shape
-    length = block_tables.shape[1] * block_size
-    rows = kv_cache.flatten(0, 1).flatten(2).index_select(1, block_tables.flatten())
-    k, v = rows.view(2, num_keys * batch, length, head_dim)
-    q_KBGQH = (q_BQNH * head_dim**-0.5).unflatten(2, (num_keys, -1)).permute(2, 0, 3, 1, 4)
-    groups = q_KBGQH.shape[2]
-    scores = torch.bmm(q_KBGQH.reshape(num_keys * batch, groups * width, head_dim), k.transpose(1, 2)).float()
-    scores.view(num_keys, batch, groups, width, length).add_(bias_BQL[None, :, None])
-    out = torch.bmm(scores.softmax(-1).to(v.dtype), v)
-    return out.view(num_keys, batch, groups, width, head_dim).permute(1, 3, 0, 2, 4).flatten(2, 3)

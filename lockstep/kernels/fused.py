@@ -34,6 +34,8 @@ class _NoContext:
 
     def set_materialize_grads(self, value: bool) -> None: ...
 
+    def mark_non_differentiable(self, *tensors: Tensor) -> None: ...
+
 
 @cache
 def _has_triton() -> bool:

@@ -23,7 +23,8 @@ _INDEX, _FP32 = 8, 4
 """Bytes of an index and of a number in fp32."""
 
 _MULTIPROCESSORS = 132
-"""Of an H100 and an H200: flash attention keeps that many parts of its queries' gradient, if it has no more heads."""
+"""Of an H100 and an H200: torch's flash attention keeps that many parts of its queries' gradient, if it has no more
+heads."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,14 @@ def block_memory(config: ModelConfig, layer_index: int, pack: Pack) -> BlockMemo
     )
 
 
+def attention_results(config: ModelConfig, layer_index: int, pack: Pack) -> int:
+    """Bytes of what attention found in this block, with its scores' log sums: a recomputed block may keep them."""
+    is_delta = isinstance(config, Qwen3NextConfig) and config.layer_types[layer_index] == "linear_attention"
+    if is_delta or pack.kernels != "fused":
+        return 0
+    return pack.numbers(config.num_attention_heads, config.head_dim) + pack.fp32(config.num_attention_heads)
+
+
 def _mixing(config: ModelConfig, layer_index: int, pack: Pack) -> BlockMemory:
     if isinstance(config, Qwen3NextConfig) and config.layer_types[layer_index] == "linear_attention":
         return _delta_net(config, pack)
@@ -117,9 +126,11 @@ def _attention(config: ModelConfig, pack: Pack) -> BlockMemory:
     if is_gated:
         kept["output gate"] = 2 * query
     backward = 3 * query + 2 * key
-    if not on_cpu:  # flash attention's partial sums, and a gradient of keys and values for every query head
+    if pack.kernels == "plain":  # partial sums, and a gradient of keys and values for every query head
         parts = -(-_MULTIPROCESSORS // (max(1, pack.tokens // pack.document) * heads))
         backward += parts * pack.fp32(heads, dim) + (2 * query if heads > keys else 0)
+    elif pack.kernels == "fused":
+        backward = 2 * query + 2 * key + sums
     forward = (4 if on_cpu else 3) * query + 4 * key
     if is_copied and on_cpu:  # a norm's copies in fp32
         forward = max(forward, query + 2 * key + 3 * pack.fp32(heads, dim))

@@ -10,6 +10,7 @@ heads, J value head dim, W taps and D channels of the convolution.
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lockstep.kernels.attention import varlen_attention
+from lockstep.kernels.attention import SegmentAttention
 from lockstep.kernels.packed import PackedDocuments
 from lockstep.parallel.collectives import all_gather_rows, all_to_all_rows
 from lockstep.parallel.rows import RankRows
@@ -75,15 +76,16 @@ class ContextMixer:
         return parts
 
     def _attend_by_varlen(self, q_CNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
-        """The kernel aligns a segment's last query with its last key, and wants every segment's keys in a row."""
-        segments = self.rows.segments
-        keys = torch.cat([torch.arange(s.first_key, s.first_key + s.num_keys) for s in segments]).to(q_CNH.device)
-        cu_queries, cu_keys = (
-            torch.tensor([0, *sizes], device=q_CNH.device).cumsum(0, dtype=torch.int32)
-            for sizes in ([s.num_rows for s in segments], [s.num_keys for s in segments])
-        )
-        longest = max(s.num_rows for s in segments), max(s.num_keys for s in segments)
-        return varlen_attention(q_CNH, k_TKH[keys], v_TKH[keys], cu_queries, cu_keys, *longest)
+        """The kernels align a segment's last query with its last key, and want every segment's keys in a row."""
+        attention, keys = self._varlen
+        return attention(q_CNH, k_TKH[keys], v_TKH[keys])
+
+    @cached_property
+    def _varlen(self) -> tuple[SegmentAttention, Tensor]:
+        """Also the rows of the pack that are its keys."""
+        segments, device = self.rows.segments, self.rows.device
+        keys = torch.cat([torch.arange(s.first_key, s.first_key + s.num_keys) for s in segments]).to(device)
+        return SegmentAttention([s.num_rows for s in segments], [s.num_keys for s in segments], device), keys
 
 
 def _attend_segment(q_QNH: Tensor, k_LKH: Tensor, v_LKH: Tensor) -> Tensor:

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lockstep.kernels.attention import PackedAttention, packed_attention_reference, paged_attention
+from lockstep.kernels.attention import PackedAttention, packed_attention_reference
 from lockstep.kernels.experts import experts_reference, grouped_experts
 from lockstep.kernels.linear_log_probs import linear_log_probs, linear_log_probs_reference
+from lockstep.kernels.paged_attention import paged_attention
 
 LENGTHS = [700, 1, 130, 64, 1025]
 

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import gc
+import importlib.util
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from lockstep.algorithms import make_policy_loss
 from lockstep.config import Config
@@ -17,7 +26,10 @@ from lockstep.plan import Hardware, predict
 from lockstep.trainer.batch import TrainSample
 from lockstep.trainer.local import LocalTrainer
 
+ROOT = Path(__file__).parents[2]
 WITHIN = 0.1
+PEAK = re.compile(r"(\w+) ([\d.e+]+) \(([\d.e+]+)\)")
+"""A phase in a run's summary: measured (predicted)."""
 TOKENS, DOCUMENT = 8192, 2048
 COMMON: dict[str, Any] = {"vocab_size": 32768, "num_hidden_layers": 2, "num_attention_heads": 32}
 SHAPES: dict[str, dict[str, Any]] = {
@@ -62,9 +74,20 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def on_gpu(shape: str) -> LanguageModel:
+@pytest.fixture(autouse=True)
+def empty_gpu() -> Iterator[None]:
+    """A trainer's hooks know it: only the collector frees its tensors."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    assert before < 2**27, f"{before} bytes are left of the test before; 64 MiB are the workspace of cuBLAS"
+    yield
+    gc.collect()
+
+
+def on_gpu(shape: str, **changes: Any) -> LanguageModel:
     with torch.device("meta"):
-        model = build_model(read_model_config(SHAPES[shape]))
+        model = build_model(read_model_config(SHAPES[shape] | changes))
     model = model.to(torch.bfloat16).to_empty(device="cuda")
     model.tie_weights()
     with torch.no_grad():
@@ -82,6 +105,8 @@ def test_a_block_keeps_and_takes_what_is_predicted(shape: str, layer: int) -> No
         model.model.layers[str(layer)],
         block_memory(model.config, layer, Pack(TOKENS, DOCUMENT, 2, "fused")),
     )
+    for parameter in block.parameters():  # a trainer adds gradients up elsewhere, as each is ready
+        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     documents = PackedDocuments([DOCUMENT] * (TOKENS // DOCUMENT), torch.device("cuda"))
     rotary = model.rotary(torch.arange(DOCUMENT, device="cuda").repeat(TOKENS // DOCUMENT))
     x_TD = torch.randn(TOKENS, model.config.hidden_size, device="cuda", dtype=torch.bfloat16).requires_grad_()
@@ -96,7 +121,6 @@ def test_a_block_keeps_and_takes_what_is_predicted(shape: str, layer: int) -> No
         backward = torch.cuda.max_memory_allocated() - before - out_TD.nbytes
         del out_TD
         x_TD.grad = None
-        block.zero_grad()
         if measured:
             print(f"{shape} layer {layer}: kept {kept / predicted.kept_bytes:.3f} of the predicted,", end=" ")
             print(f"with backward {backward / (predicted.kept_bytes + predicted.backward):.3f}")
@@ -104,7 +128,7 @@ def test_a_block_keeps_and_takes_what_is_predicted(shape: str, layer: int) -> No
             assert predicted.kept_bytes + predicted.backward == pytest.approx(backward, rel=WITHIN)
 
 
-@pytest.mark.parametrize("order", ["layer", "micro-batch", "recompute"])
+@pytest.mark.parametrize("order", ["layer", "micro-batch", "full", "selective"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_training_step_takes_what_is_planned(shape: str, order: str) -> None:
     options: dict[str, Any] = {
@@ -113,11 +137,12 @@ def test_a_training_step_takes_what_is_planned(shape: str, order: str) -> None:
         "use_dynamic_batch_size": True,
         "max_tokens_per_gpu": TOKENS,
         "backward_order": "layer" if order == "layer" else "micro-batch",
-        "recompute_granularity": "full" if order == "recompute" else None,
+        "recompute_granularity": order if order in ("full", "selective") else None,
     }
     rollout = {"rollout_batch_size": 2, "n_samples_per_prompt": 8, "rollout_max_response_len": DOCUMENT - 16}
     config = Config.from_dict(options | rollout | {"hf_checkpoint": "model", "rollout_max_prompt_len": 16})
-    model = on_gpu(shape)
+    # Fewer experts, so that weights and state do not hide what the passes take.
+    model = on_gpu(shape, **({"num_experts": 64} if "A3B" in shape else {}))
     planned = predict(config, model.config, Hardware.parse("1xH200-141G,128G-host"), samples=False)
     trainer = LocalTrainer(
         model,
@@ -144,3 +169,58 @@ def test_a_training_step_takes_what_is_planned(shape: str, order: str) -> None:
     measured, wanted = torch.cuda.max_memory_allocated(), planned.phase("backward").tensor_bytes
     print(f"{shape} {order}: measured {measured / 2**30:.2f} GiB, planned {wanted / 2**30:.2f}")
     assert wanted == pytest.approx(measured, rel=WITHIN)
+
+
+def load_prepare() -> ModuleType:
+    """The quickstart's generator of checkpoints and data."""
+    path = ROOT / "recipes" / "quickstart" / "prepare.py"
+    spec = importlib.util.spec_from_file_location("quickstart_prepare", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def write_model(folder: Path, **shape: Any) -> None:
+    """The quickstart's architecture and tokenizer, of this shape; the model never ends a response by itself."""
+    prepare = load_prepare()
+    prepare.make_checkpoint(folder, 0)
+    config = prepare.make_config() | shape
+    prepare.write_json(folder / "config.json", config)
+    weights = {}
+    for name, dims in prepare.weight_shapes(config).items():
+        drawn = torch.ones(dims) if len(dims) == 1 else torch.randn(dims, device="cuda") * dims[-1] ** -0.5
+        weights[name] = drawn.to(torch.bfloat16).cpu()
+    head = weights["lm_head.weight"].mul_(20)
+    head[: len(prepare.SPECIAL_TOKENS)] = 0
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_every_phase_of_a_run_takes_what_is_planned(tmp_path: Path) -> None:
+    """`lockstep train` with a sampler, a reference model and state in host memory: 1.3 billion parameters."""
+    experts = {"num_experts": 64, "num_experts_per_tok": 8, "moe_intermediate_size": 768}
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128}
+    model = tmp_path / "model"
+    write_model(model, hidden_size=2048, num_hidden_layers=4, max_position_embeddings=4096, **experts, **heads)
+    load_prepare().write_rows(tmp_path / "data.jsonl", load_prepare().make_prompt_rows("train", 64, 0))
+    command = [
+        sys.executable, "-m", "lockstep", "train", "--hf-checkpoint", str(model), "--params-dtype", "bfloat16",
+        "--prompt-data", str(tmp_path / "data.jsonl"), "--input-key", "prompt", "--label-key", "label",
+        "--rm-type", "random", "--num-rollout", "2", "--rollout-batch-size", "8", "--n-samples-per-prompt", "4",
+        "--rollout-max-prompt-len", "48", "--rollout-max-response-len", "2000", "--use-kl-loss",
+        "--kl-loss-coef", "0.01", "--use-dynamic-batch-size", "--max-tokens-per-gpu", "8192",
+        "--recompute-granularity", "full", "--optimizer-cpu-offload", "--overlap-cpu-optimizer-d2h-h2d",
+        "--logprob-diff-limit", "100", "--save", str(tmp_path / "save"), "--run-dir", str(tmp_path / "run"),
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [line for line in done.stderr.splitlines() + done.stdout.splitlines() if "highest GiB" in line]
+    for line in dict.fromkeys(lines):
+        print(line)
+        phases = {name: (float(got), float(planned)) for name, got, planned in PEAK.findall(line)}
+        assert set(phases) == {"load", "rollout", "log_probs", "train", "save"}
+        for name, (got, planned) in phases.items():
+            assert planned == pytest.approx(got, rel=WITHIN), f"{name}: {line}"
+    assert len(set(lines)) == 2, "of the GPU and of the host"

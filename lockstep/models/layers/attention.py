@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from lockstep.kernels.norm_rotary import norm_and_rotate
-from lockstep.models.layers.mixer import TokenMixer
+from lockstep.models.layers.mixer import NormsAndAttends, TokenMixer
 from lockstep.models.layers.norm import RMSNorm
 
 
@@ -42,19 +42,27 @@ class Attention(nn.Module):
         self.q_norm = norm(head_dim, norm_eps)
         self.k_norm = norm(head_dim, norm_eps)
 
+    def project(self, x_TD: Tensor) -> list[Tensor]:
+        """Queries (with gates), keys and values, heads side by side."""
+        return [self.q_proj(x_TD), self.k_proj(x_TD), self.v_proj(x_TD)]
+
     def forward(self, x_TD: Tensor, attention_index: int, rotary: tuple[Tensor, Tensor], mixer: TokenMixer) -> Tensor:
-        q_TNH, gate_TNH = self.q_proj(x_TD), None
+        q_TNH, k_TKH, v_TKH = self.project(x_TD)
+        gate_TNH = None
         if self.is_gated:
             q_TNH, gate_TNH = q_TNH.unflatten(-1, (-1, 2 * self.head_dim)).chunk(2, dim=-1)
         else:
             q_TNH = q_TNH.unflatten(-1, (-1, self.head_dim))
-        k_TKH = self.k_proj(x_TD).unflatten(-1, (-1, self.head_dim))
-        v_TKH = self.v_proj(x_TD).unflatten(-1, (-1, self.head_dim))
-        q_TNH, k_TKH = (
-            norm_and_rotate(x_TNH, norm.weight, norm.eps, norm.weight_offset, rotary)
-            for x_TNH, norm in ((q_TNH, self.q_norm), (k_TKH, self.k_norm))
-        )
-        out_TNH = mixer.attend(attention_index, q_TNH, k_TKH, v_TKH)
+        k_TKH, v_TKH = (x.unflatten(-1, (-1, self.head_dim)) for x in (k_TKH, v_TKH))
+        norms = self.q_norm, self.k_norm
+        if isinstance(mixer, NormsAndAttends):
+            out_TNH = mixer.norm_and_attend(attention_index, q_TNH, k_TKH, v_TKH, norms, rotary)
+        else:
+            q_TNH, k_TKH = (
+                norm_and_rotate(x_TNH, norm.weight, norm.eps, norm.weight_offset, rotary)
+                for x_TNH, norm in zip((q_TNH, k_TKH), norms, strict=True)
+            )
+            out_TNH = mixer.attend(attention_index, q_TNH, k_TKH, v_TKH)
         if gate_TNH is not None:
             out_TNH = out_TNH * gate_TNH.sigmoid()
         projected: Tensor = self.o_proj(out_TNH.flatten(-2))

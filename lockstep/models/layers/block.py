@@ -51,10 +51,26 @@ class Block(nn.Module, ABC):
     def forward(
         self, x_TD: Tensor, rotary: tuple[Tensor, Tensor], mixer: TokenMixer, choose_experts: ChooseExperts
     ) -> Tensor:
-        x_TD, normed_TD = self.input_layernorm.with_residual(x_TD, None)
+        stream_TD, update_TD = self.update(x_TD, None, rotary, mixer, choose_experts)
+        return stream_TD + update_TD
+
+    def update(
+        self,
+        x_TD: Tensor,
+        pending_TD: Tensor | None,
+        rotary: tuple[Tensor, Tensor],
+        mixer: TokenMixer,
+        choose_experts: ChooseExperts,
+    ) -> tuple[Tensor, Tensor]:
+        """The stream, and what this block adds to it last, which the next norm may do in passing.
+
+        Args:
+            pending_TD: what the block before wants added; None when nothing.
+        """
+        x_TD, normed_TD = self.input_layernorm.with_residual(x_TD, pending_TD)
         x_TD, normed_TD = self.post_attention_layernorm.with_residual(x_TD, self.mix(normed_TD, rotary, mixer))
         if isinstance(self.mlp, MoE):
             mixed_TD: Tensor = self.mlp(normed_TD, self.moe_index, choose_experts)
         else:
             mixed_TD = self.mlp(normed_TD)
-        return x_TD + mixed_TD
+        return x_TD, mixed_TD

@@ -8,9 +8,12 @@ channels and W taps of its convolution.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Protocol
 
 from torch import Tensor
+
+from lockstep.models.layers.norm import RMSNorm
 
 
 class TokenMixer(Protocol):
@@ -29,3 +32,19 @@ class TokenMixer(Protocol):
     ) -> Tensor:
         """What the recurrent state answers to each query, `[T, V, J]`: see `kernels/gated_delta_rule.py`."""
         ...
+
+
+class NormsAndAttends(ABC):
+    """What a `TokenMixer` is as well that takes queries and keys as they were projected, to save launches."""
+
+    @abstractmethod
+    def norm_and_attend(
+        self,
+        attention_index: int,
+        q_TNH: Tensor,
+        k_TKH: Tensor,
+        v_TKH: Tensor,
+        norms: tuple[RMSNorm, RMSNorm],
+        rotary: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """`attend` after `norm_and_rotate` of queries and keys, by their norms and the tables of `rotary_tables`."""

@@ -17,5 +17,9 @@ class GatedMLP(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        projected: Tensor = self.down_proj(swiglu(self.gate_proj(x_TD), self.up_proj(x_TD)))
+        projected: Tensor = self.down_proj(self.activate(x_TD))
         return projected
+
+    def activate(self, x_TD: Tensor) -> Tensor:
+        """`silu(gate(x)) * up(x)`, `[T, intermediate]`."""
+        return swiglu(self.gate_proj(x_TD), self.up_proj(x_TD))

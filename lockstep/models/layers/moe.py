@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lockstep.kernels.experts import grouped_experts
+from lockstep.kernels.route import route
 from lockstep.kernels.top_k import top_k as top_k_of_all
 from lockstep.models.layers.mlp import GatedMLP
 
@@ -53,6 +54,14 @@ class RecordRoutes:
         return torch.stack(self.layers, dim=1)
 
 
+class RecordRoutesAtOnce(RecordRoutes):
+    """The same for the router's own choice, taken together with the weights in one launch, without gradients. Weights
+    may differ from those of the separate operations in the last bit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+
 class Router(nn.Module):
     """Linear router; `weight` is HF's `mlp.gate.weight`."""
 
@@ -61,8 +70,11 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         nn.init.normal_(self.weight, std=0.02)
 
+    def logits(self, x_TD: Tensor) -> Tensor:
+        return nn.functional.linear(x_TD, self.weight)
+
     def forward(self, x_TD: Tensor) -> Tensor:
-        return nn.functional.linear(x_TD, self.weight).softmax(dim=-1, dtype=torch.float32)
+        return self.logits(x_TD).softmax(dim=-1, dtype=torch.float32)
 
 
 class Experts(nn.Module):
@@ -109,14 +121,23 @@ class MoE(nn.Module):
             self.shared_expert_gate = nn.Linear(hidden_size, 1, bias=False)
 
     def forward(self, x_TD: Tensor, moe_index: int, choose_experts: ChooseExperts) -> Tensor:
+        experts_TS, weights_TS = self._route(x_TD, moe_index, choose_experts)
+        # Last what backward needs nothing from: recomputing ends before the experts' second product.
+        shared_TD = None
+        if self.has_shared_expert:
+            shared_TD = self.shared_expert_gate(x_TD).sigmoid() * self.shared_expert(x_TD)
+        mixed_TD: Tensor = self.experts(x_TD, experts_TS, weights_TS)
+        return mixed_TD if shared_TD is None else mixed_TD + shared_TD
+
+    def _route(self, x_TD: Tensor, moe_index: int, choose_experts: ChooseExperts) -> tuple[Tensor, Tensor]:
+        """Expert ids and weights `[T, S]`."""
+        if isinstance(choose_experts, RecordRoutesAtOnce):
+            experts_TS, weights_TS = route(self.gate.logits(x_TD), self.top_k, renormalises=self.norm_topk_prob)
+            choose_experts.layers.append(experts_TS)
+            return experts_TS, weights_TS
         probs_TE = self.gate(x_TD)
         experts_TS = choose_experts(moe_index, probs_TE, self.top_k)
         weights_TS = probs_TE.gather(-1, experts_TS)
         if self.norm_topk_prob:
             weights_TS = weights_TS / weights_TS.sum(dim=-1, keepdim=True)
-        # Last what backward needs nothing from: recomputing ends before the experts' second product.
-        shared_TD = None
-        if self.has_shared_expert:
-            shared_TD = self.shared_expert_gate(x_TD).sigmoid() * self.shared_expert(x_TD)
-        mixed_TD: Tensor = self.experts(x_TD, experts_TS, weights_TS.to(x_TD.dtype))
-        return mixed_TD if shared_TD is None else mixed_TD + shared_TD
+        return experts_TS, weights_TS.to(x_TD.dtype)

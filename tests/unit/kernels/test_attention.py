@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lockstep.kernels.attention import PackedAttention, packed_attention_reference, paged_attention
+from lockstep.kernels.attention import PackedAttention, packed_attention_reference
 
 
 def heads(length: int, num_heads: int, num_keys: int, head_dim: int = 8, seed: int = 0) -> tuple[Tensor, ...]:
@@ -49,27 +49,3 @@ def test_gradients_of_packed_attention_are_those_of_the_specification() -> None:
     got = torch.autograd.grad(PackedAttention(lengths, inputs[0].device)(*inputs), inputs, upstream)
     wanted = torch.autograd.grad(packed_attention_reference(*inputs, lengths), inputs, upstream)
     torch.testing.assert_close(got, wanted)
-
-
-def test_new_tokens_attend_to_all_cached_tokens_of_their_own_sequence() -> None:
-    """Two sequences in scattered blocks of two slots, one with two new tokens and one with three."""
-    lengths, new = [7, 4], [2, 3]
-    q, k, v = heads(11, 4, 2)
-    block_tables = torch.tensor([[4, 1, 0, 7], [3, 5, 0, 0]])
-    slots = [2 * block + offset for block in block_tables[0].tolist() for offset in range(2)][:7]
-    slots += [2 * block + offset for block in block_tables[1].tolist() for offset in range(2)][:4]
-    kv_cache = torch.full((2, 2, 8, 2, 8), 1e9, dtype=torch.float64)
-    for cache, values in zip(kv_cache, (k, v), strict=True):
-        cache.flatten(1, 2)[:, slots] = values.detach().transpose(0, 1)
-    wanted = packed_attention_reference(q, k, v, lengths).split(lengths)
-    queries = torch.zeros(2, 3, 4, 8, dtype=torch.float64)
-    bias = torch.full((2, 3, 8), float("-inf"), dtype=torch.float64)
-    for row, (length, count) in enumerate(zip(lengths, new, strict=True)):
-        queries[row, :count] = q.split(lengths)[row][length - count :].detach()
-        for column in range(count):
-            bias[row, column, : length - count + column + 1] = 0
-    bias[0, 2, 0] = 0  # a padded query must see something
-    got = paged_attention(queries, kv_cache, block_tables, bias)
-    for row, count in enumerate(new):
-        # Scores go through softmax in fp32, whatever the inputs are.
-        torch.testing.assert_close(got[row, :count], wanted[row][-count:], rtol=1e-5, atol=1e-5)
