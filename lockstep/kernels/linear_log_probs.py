@@ -5,7 +5,7 @@ Shape suffixes: R rows (predictions), D model width, V vocabulary, C rows of one
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,9 @@ FUSED_CHUNK_BYTES = 1280 * 2**20
 
 MIN_CHUNK_ROWS = 64
 """Every chunk reads the whole weight once, so a large vocabulary needs some rows to pay for it."""
+
+Product = Callable[[Tensor, Tensor], Tensor]
+"""Rows `[R, D]` times a matrix `[V, D]`: `[R, V]`."""
 
 EXCLUDED = -1e30
 """Logit of a token outside the nucleus. Finite, so that probability 0 times it is 0, not NaN."""
@@ -54,12 +57,14 @@ class KeptTokens:
         logits_CV[kept] = kept_logits
 
 
-def linear_logits(hidden_RD: Tensor, weight_VD: Tensor, *, temperature: float = 1.0) -> Tensor:
+def linear_logits(
+    hidden_RD: Tensor, weight_VD: Tensor, *, temperature: float = 1.0, product: Product | None = None
+) -> Tensor:
     """Logits `[R, V]` divided by the temperature: multiplied in the inputs' type, returned in fp32 (or fp64).
 
     Sampler and trainer both take their logits from here, so that they agree.
     """
-    logits_RV = hidden_RD @ weight_VD.T
+    logits_RV = hidden_RD @ weight_VD.T if product is None else product(hidden_RD, weight_VD)
     logits_RV = logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32))
     return logits_RV if temperature == 1.0 else logits_RV.div_(temperature)
 
@@ -93,6 +98,7 @@ def linear_log_probs(
     kept: KeptTokens | None = None,
     chunk_rows: int | None = None,
     with_entropy: bool = True,
+    product: Product | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-prob of every row's target, and the entropy of every row's distribution.
 
@@ -107,6 +113,7 @@ def linear_log_probs(
         chunk_rows: rows of logits that exist at once; by default as many as fit into `CHUNK_BYTES`, on a GPU
             in bf16 into `FUSED_CHUNK_BYTES`.
         with_entropy: off saves one pass over the logits; the entropy is then None.
+        product: what multiplies hidden states with the weight, forward; by default torch's.
     Raises:
         ValueError: a target lies outside its row's kept tokens, so it cannot have been sampled.
     """
@@ -120,7 +127,7 @@ def linear_log_probs(
         function = LinearLogProbs
         default_rows = even_chunk_rows(len(hidden_RD), max(MIN_CHUNK_ROWS, FUSED_CHUNK_BYTES // (2 * len(weight_VD))))
     result: tuple[Tensor, Tensor | None] = function.apply(
-        hidden_RD, weight_VD, targets_R, temperature, kept, chunk_rows or default_rows, with_entropy
+        hidden_RD, weight_VD, targets_R, temperature, kept, chunk_rows or default_rows, with_entropy, product
     )
     return result
 
@@ -163,15 +170,16 @@ class _LinearLogProbs(torch.autograd.Function):
         kept: KeptTokens | None,
         chunk_rows: int,
         with_entropy: bool,
+        product: Product | None,
     ) -> tuple[Tensor, Tensor | None]:
-        ctx.temperature, ctx.kept, ctx.chunk_rows = temperature, kept, chunk_rows
+        ctx.temperature, ctx.kept, ctx.chunk_rows, ctx.product = temperature, kept, chunk_rows, product
         ctx.set_materialize_grads(False)
         dtype = torch.promote_types(hidden_RD.dtype, torch.float32)
         log_probs_R = hidden_RD.new_empty(len(hidden_RD), dtype=dtype)
         normalizer_R = torch.empty_like(log_probs_R)
         entropy_R = torch.empty_like(log_probs_R) if with_entropy else None
         log_softmax_CV = None
-        for rows, logits_CV in _chunks(hidden_RD, weight_VD, temperature, kept, chunk_rows):
+        for rows, logits_CV in _chunks(hidden_RD, weight_VD, temperature, kept, chunk_rows, product):
             targets_C1 = targets_R[rows].unsqueeze(1)
             log_softmax_CV = logits_CV.log_softmax(-1)
             log_probs_R[rows] = log_softmax_CV.gather(1, targets_C1).squeeze(1)
@@ -197,7 +205,9 @@ class _LinearLogProbs(torch.autograd.Function):
         else:
             chunks = (
                 (rows, logits_CV.sub_(normalizer_R[rows].unsqueeze(1)))
-                for rows, logits_CV in _chunks(hidden_RD, weight_VD, ctx.temperature, ctx.kept, ctx.chunk_rows)
+                for rows, logits_CV in _chunks(
+                    hidden_RD, weight_VD, ctx.temperature, ctx.kept, ctx.chunk_rows, ctx.product
+                )
             )
         for rows, log_softmax_CV in chunks:
             grad_logits_CV = _log_probs_grad(log_softmax_CV, targets_R[rows], grad_log_probs_R[rows])
@@ -211,15 +221,20 @@ class _LinearLogProbs(torch.autograd.Function):
             if grad_weight_VD is not None:
                 add_product(grad_weight_VD, grad_logits_CV.T, hidden_RD[rows])
         grad_weight_VD = None if grad_weight_VD is None else grad_weight_VD.to(weight_VD.dtype)
-        return grad_hidden_RD, grad_weight_VD, None, None, None, None, None
+        return grad_hidden_RD, grad_weight_VD, *[None] * 6
 
 
 def _chunks(
-    hidden_RD: Tensor, weight_VD: Tensor, temperature: float, kept: KeptTokens | None, chunk_rows: int
+    hidden_RD: Tensor,
+    weight_VD: Tensor,
+    temperature: float,
+    kept: KeptTokens | None,
+    chunk_rows: int,
+    product: Product | None,
 ) -> Iterator[tuple[slice, Tensor]]:
     for start in range(0, len(hidden_RD), chunk_rows):
         rows = slice(start, start + chunk_rows)
-        logits_CV = linear_logits(hidden_RD[rows], weight_VD, temperature=temperature)
+        logits_CV = linear_logits(hidden_RD[rows], weight_VD, temperature=temperature, product=product)
         if kept is not None:
             kept.exclude_others(logits_CV, start)
         yield rows, logits_CV

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lockstep.kernels.linear_log_probs import EXCLUDED, KeptTokens
+from lockstep.kernels.linear_log_probs import EXCLUDED, KeptTokens, Product
 
 _COLUMNS = 4096
 """Logits of a row that a program holds at once."""
@@ -37,17 +37,18 @@ class LinearLogProbs(torch.autograd.Function):
         kept: KeptTokens | None,
         chunk_rows: int,
         with_entropy: bool,
+        product: Product | None,
     ) -> tuple[Tensor, Tensor | None]:
-        ctx.temperature, ctx.kept, ctx.chunk_rows = temperature, kept, chunk_rows
+        ctx.temperature, ctx.kept, ctx.chunk_rows, ctx.product = temperature, kept, chunk_rows, product
         ctx.set_materialize_grads(False)
         num_rows = len(hidden_RD)
         log_probs_R, normalizer_R, entropy_R = hidden_RD.new_empty(3, num_rows, dtype=torch.float32)
         logits_CV = None
-        for rows, logits_CV in _chunks(hidden_RD, weight_VD, kept, chunk_rows):
+        for rows, logits_CV in _chunks(hidden_RD, weight_VD, kept, chunk_rows, product):
             _statistics[(len(logits_CV),)](
                 logits_CV, targets_R[rows], log_probs_R[rows], normalizer_R[rows], entropy_R[rows],
                 len(weight_VD), temperature, LOWEST=EXCLUDED,
-                DIVIDES=temperature != 1.0, WITH_ENTROPY=with_entropy, BLOCK=_COLUMNS, num_warps=8,
+                DIVIDES=temperature != 1.0, PER_ROW=False, WITH_ENTROPY=with_entropy, BLOCK=_COLUMNS, num_warps=8,
             )  # fmt: skip
         kept_logits_RV = logits_CV if num_rows <= chunk_rows else None
         ctx.save_for_backward(hidden_RD, weight_VD, targets_R, normalizer_R, entropy_R, kept_logits_RV)
@@ -67,7 +68,7 @@ class LinearLogProbs(torch.autograd.Function):
         if kept_logits_RV is not None:
             chunks = iter([(slice(None), kept_logits_RV)])
         else:
-            chunks = _chunks(hidden_RD, weight_VD, ctx.kept, ctx.chunk_rows)
+            chunks = _chunks(hidden_RD, weight_VD, ctx.kept, ctx.chunk_rows, ctx.product)
         for rows, logits_CV in chunks:
             # What forward kept may be wanted a second time.
             grad_CV = logits_CV if kept_logits_RV is None else torch.empty_like(logits_CV)
@@ -84,21 +85,36 @@ class LinearLogProbs(torch.autograd.Function):
             grad_weight_VD = torch.zeros_like(weight_VD) if needs_weight else None
         else:
             grad_weight_VD = grad_weight_VD.to(weight_VD.dtype)
-        return grad_hidden_RD, grad_weight_VD, None, None, None, None, None
+        return grad_hidden_RD, grad_weight_VD, *[None] * 6
 
 
 def _chunks(
-    hidden_RD: Tensor, weight_VD: Tensor, kept: KeptTokens | None, chunk_rows: int
+    hidden_RD: Tensor, weight_VD: Tensor, kept: KeptTokens | None, chunk_rows: int, product: Product | None
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Chunks of undivided logits, all in the same memory."""
-    memory_CV = hidden_RD.new_empty(min(chunk_rows, len(hidden_RD)), len(weight_VD))
+    """Chunks of undivided logits; torch's product puts all of them into the same memory."""
+    memory_CV = hidden_RD.new_empty(0 if product else min(chunk_rows, len(hidden_RD)), len(weight_VD))
     for start in range(0, len(hidden_RD), chunk_rows):
         rows = slice(start, start + chunk_rows)
         hidden_CD = hidden_RD[rows]
-        logits_CV = torch.mm(hidden_CD, weight_VD.T, out=memory_CV[: len(hidden_CD)])
+        if product is None:
+            logits_CV = torch.mm(hidden_CD, weight_VD.T, out=memory_CV[: len(hidden_CD)])
+        else:
+            logits_CV = product(hidden_CD, weight_VD)
         if kept is not None:
             kept.exclude_others(logits_CV, start)
         yield rows, logits_CV
+
+
+def log_probs_of_logits(logits_BV: Tensor, targets_B: Tensor, temperatures_B: Tensor) -> Tensor:
+    """What `LinearLogProbs` gives for these logits, `[B]` in fp32, where every row has a temperature of its own."""
+    log_probs_B = torch.empty(len(logits_BV), dtype=torch.float32, device=logits_BV.device)
+    if len(logits_BV):
+        _statistics[(len(logits_BV),)](
+            logits_BV.contiguous(), targets_B, log_probs_B, torch.empty_like(log_probs_B), log_probs_B,
+            logits_BV.shape[1], temperatures_B, LOWEST=EXCLUDED,
+            DIVIDES=True, PER_ROW=True, WITH_ENTROPY=False, BLOCK=_COLUMNS, num_warps=8,
+        )  # fmt: skip
+    return log_probs_B
 
 
 def _plus_product(total_MN: Tensor | None, left_MK: Tensor, right_KN: Tensor) -> Tensor:
@@ -111,10 +127,13 @@ def _plus_product(total_MN: Tensor | None, left_MK: Tensor, right_KN: Tensor) ->
 @triton.jit  # type: ignore[untyped-decorator]
 def _statistics(  # type: ignore[no-untyped-def]
     logits, targets, log_probs, normalizers, entropies, vocab_size, temperature,
-    LOWEST: tl.constexpr, DIVIDES: tl.constexpr, WITH_ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+    LOWEST: tl.constexpr, DIVIDES: tl.constexpr, PER_ROW: tl.constexpr, WITH_ENTROPY: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One row: sums of exp(x - largest) and exp(x - largest) (x - largest), rescaled when a larger logit is met."""
     row = tl.program_id(0)
+    if PER_ROW:
+        temperature = tl.load(temperature + row)
     line = logits + row.to(tl.int64) * vocab_size
     place = tl.arange(0, BLOCK)
     largest = tl.full((), LOWEST, tl.float32)
@@ -134,7 +153,7 @@ def _statistics(  # type: ignore[no-untyped-def]
         rescale = tl.exp(largest - new_largest)
         if WITH_ENTROPY:
             weighted = (weighted + total * (largest - new_largest)) * rescale + exp * shifted
-        total = total * rescale + exp
+        total = tl.fma(total, rescale, exp)  # in so many words: the variants must round alike
         largest = new_largest
     log_total = tl.log(tl.sum(total, 0))
     target = tl.load(line + tl.load(targets + row)).to(tl.float32)

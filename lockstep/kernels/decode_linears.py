@@ -1,0 +1,52 @@
+"""Linear layers and routing for the few rows of a decoding step, with few launches.
+
+T rows, D width in, O width out, I inner width, E experts, S slots per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lockstep.kernels.fused import is_fused, runs_triton
+from lockstep.kernels.swiglu import swiglu
+
+MOST_ROWS = 16
+"""Above this, cuBLAS is as fast or faster."""
+
+
+def _fits(x_TD: Tensor, *weights: Tensor) -> bool:
+    return len(x_TD) <= MOST_ROWS and not torch.is_grad_enabled() and is_fused(x_TD, *weights)
+
+
+def linears(x_TD: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+    """`x @ weight.T` for each of up to three weights `[O, D]`; for few rows in one launch, without gradients."""
+    if _fits(x_TD, *weights) and (len(x_TD) == 1 or len(weights) > 1):
+        from lockstep.kernels.decode_linears_triton import linears_triton
+
+        return linears_triton(x_TD, weights)
+    return [F.linear(x_TD, weight) for weight in weights]
+
+
+def swiglu_linear(x_TD: Tensor, gate_ID: Tensor, up_ID: Tensor) -> Tensor:
+    """`silu(x @ gate.T) * (x @ up.T)`, `[T, I]`; for few rows in one launch, without gradients."""
+    if _fits(x_TD, gate_ID, up_ID):
+        from lockstep.kernels.decode_linears_triton import swiglu_linear_triton
+
+        return swiglu_linear_triton(x_TD, gate_ID, up_ID)
+    return swiglu(F.linear(x_TD, gate_ID), F.linear(x_TD, up_ID))
+
+
+def slot_weights(probs_TE: Tensor, experts_TS: Tensor, normalise: bool, dtype: torch.dtype) -> Tensor:
+    """The chosen experts' probabilities `[T, S]`, divided by their sum if asked, rounded to `dtype`."""
+    if runs_triton(probs_TE) and probs_TE.dtype == torch.float32 and not torch.is_grad_enabled():
+        from lockstep.kernels.decode_linears_triton import slot_weights_triton
+
+        return slot_weights_triton(probs_TE, experts_TS, normalise, dtype)
+    weights_TS = probs_TE.gather(-1, experts_TS)
+    if normalise:
+        weights_TS = weights_TS / weights_TS.sum(dim=-1, keepdim=True)
+    return weights_TS.to(dtype)
