@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from lockstep.weight_sync.broadcast import BroadcastTransport
 from lockstep.weight_sync.disk import DiskTransport
-from lockstep.weight_sync.source import Transport, WeightSource, hf_weights
+from lockstep.weight_sync.source import Transport, WeightSource
 from lockstep.weight_sync.tensor import TensorTransport
 from lockstep.weight_sync.verify import verify_equal
 
@@ -17,6 +17,5 @@ __all__ = [
     "TensorTransport",
     "Transport",
     "WeightSource",
-    "hf_weights",
     "verify_equal",
 ]

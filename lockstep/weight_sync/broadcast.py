@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import socket
 import uuid
-from collections.abc import Sequence
-from contextlib import suppress
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
+from torch import Tensor
 
 from lockstep.errors import RolloutError
 from lockstep.rollout.sglang.api import ServerApi
-from lockstep.weight_sync.source import WeightSource, buckets, flattened, hf_weights, post_to_all, with_version
+from lockstep.weight_sync.source import Bucket, BucketPlan, WeightSource, post_to_all, with_version
 
 _dist: Any = dist
 _c10d: Any = c10d
@@ -25,13 +28,16 @@ class BroadcastTransport:
 
     Args:
         backend: "nccl" or "gloo", whichever the weights' device has.
+        bucket_bytes: size of a bucket; two are in memory while weights are sent.
         tp_size: ranks of each server.
-        host: this machine's address, as the servers see it.
+        host: this machine's address, as the servers see it. Default: that on the way to the first of them.
     """
 
-    def __init__(self, *, backend: str, bucket_bytes: int, tp_size: int, host: str, timeout_s: float) -> None:
+    def __init__(
+        self, *, backend: str, bucket_bytes: int, tp_size: int, timeout_s: float, host: str | None = None
+    ) -> None:
         self.backend = backend
-        self.bucket_bytes = bucket_bytes
+        self._plan = BucketPlan(bucket_bytes)
         self.tp_size = tp_size
         self.host = host
         self.timeout_s = timeout_s
@@ -41,21 +47,37 @@ class BroadcastTransport:
         self._store: Any = None
 
     def send(self, servers: Sequence[ServerApi], source: WeightSource, version: str) -> None:
-        assert source.model is not None, "the model is in this process"
-        self._meet(servers)
+        assert source.model is not None, "the weights are in this process"
         with source.model() as model:
-            for bucket, last in with_version(buckets(hf_weights(model), self.bucket_bytes), version):
-                body = {
-                    "names": [name for name, _ in bucket],
-                    "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket],
-                    "shapes": [list(tensor.shape) for _, tensor in bucket],
-                    "group_name": self._name,
-                    "load_format": "flattened_bucket",
-                    "flush_cache": False,
-                } | last
-                finish = post_to_all(servers, "/update_weights_from_distributed", [body] * len(servers), self.timeout_s)
-                self._broadcast(bucket)
-                finish()
+            buckets = self._plan.of(model)
+            flats = (bucket.flattened() for bucket in buckets)
+            try:
+                if self._plan.rank == 0:
+                    self._send(servers, buckets, flats, version)
+            finally:
+                deque(flats, maxlen=0)  # ranks gather together to the end, whatever became of the servers
+
+    def _send(
+        self, servers: Sequence[ServerApi], buckets: Sequence[Bucket], flats: Iterator[Tensor], version: str
+    ) -> None:
+        self._meet(servers)
+        flat = next(flats)
+        for bucket, last in with_version(buckets, version):
+            body = {
+                "names": bucket.names,
+                "dtypes": [str(dtype).removeprefix("torch.") for dtype in bucket.dtypes],
+                "shapes": [list(shape) for shape in bucket.shapes],
+                "group_name": self._name,
+                "load_format": "flattened_bucket",
+                "flush_cache": False,
+            } | last
+            finish = post_to_all(servers, "/update_weights_from_distributed", [body] * len(servers), self.timeout_s)
+            with self._failing_by_name():
+                work = self._group.broadcast(flat, 0)
+                following = next(flats, flat)  # while this one travels, the next is gathered
+                work.wait()
+            finish()
+            flat = following
 
     def forget(self) -> None:
         self._group = self._store = None
@@ -75,11 +97,12 @@ class BroadcastTransport:
         self.close(servers)
         self._name = f"lockstep-{uuid.uuid4().hex[:8]}"
         timeout = timedelta(seconds=self.timeout_s)
-        self._store = _dist.TCPStore(self.host, 0, None, is_master=True, wait_for_workers=False, timeout=timeout)
+        host = self.host or own_address(servers)
+        self._store = _dist.TCPStore(host, 0, None, is_master=True, wait_for_workers=False, timeout=timeout)
         world_size = 1 + self.tp_size * len(servers)
         bodies = [
             {
-                "master_address": self.host,
+                "master_address": host,
                 "master_port": self._store.port,
                 "rank_offset": 1 + self.tp_size * number,
                 "world_size": world_size,
@@ -99,12 +122,14 @@ class BroadcastTransport:
             group_name=self._name,
             timeout=timeout,
         )
+        _c10d._world.pg_group_ranks[self._group] = {rank: rank for rank in range(world_size)}  # torch's profiler asks
         finish()
         self._members = urls
 
-    def _broadcast(self, bucket: list[Any]) -> None:
+    @contextmanager
+    def _failing_by_name(self) -> Iterator[None]:
         try:
-            self._group.broadcast(flattened(bucket), 0).wait()
+            yield
         except RuntimeError as error:
             self.forget()
             raise RolloutError(
@@ -115,9 +140,9 @@ class BroadcastTransport:
             ) from error
 
 
-def own_address(servers: Sequence[str]) -> str:
-    """This machine's address on the way to the first of these hosts."""
+def own_address(servers: Sequence[ServerApi]) -> str:
+    """This machine's address on the way to the first of them."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((servers[0], 9))
+        probe.connect((urlsplit(servers[0].url).hostname, 9))
         address: str = probe.getsockname()[0]
         return address

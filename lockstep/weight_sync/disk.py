@@ -17,6 +17,7 @@ class DiskTransport:
         self.timeout_s = timeout_s
 
     def send(self, servers: Sequence[ServerApi], source: WeightSource, version: str) -> None:
+        assert source.export is not None, "this is the controller"
         source.export(self.folder)
         body = {"model_path": str(self.folder.resolve()), "flush_cache": False, "weight_version": version}
         post_to_all(servers, "/update_weights_from_disk", [body] * len(servers), self.timeout_s)()
