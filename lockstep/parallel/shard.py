@@ -47,7 +47,8 @@ def shard_model(model: LanguageModel, meshes: Meshes, *, reduce_dtype: torch.dty
         compute_on_local_tensors(block, views, without=set(experts))
     # The head is used after the model's forward, and backward begins with it.
     _fully_shard(model, meshes.dense["fsdp"], reduce_dtype, keep_gathered=True)
-    compute_on_local_tensors(model, views, without=set(blocks))
+    compute_on_local_tensors(model.model.embed_tokens, views, without=set())
+    compute_on_local_tensors(model.model.norm, views, without=set())
 
 
 def _divide_experts(experts: Experts, meshes: Meshes, views: Views) -> None:

@@ -56,7 +56,7 @@ class WholeModel:
             with torch.no_grad():
                 for name, parameter in self._dense.items():
                     parameter.untyped_storage().resize_(parameter.numel() * parameter.element_size())
-                    parameter.copy_(_full(self._stored[name]))
+                    parameter.copy_(whole(self._stored[name]))
             self._require_one_copy()
             yield self.model
         finally:
@@ -85,10 +85,11 @@ def _fixed(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
 
 
-def _full(stored: Tensor) -> Tensor:
+def whole(stored: Tensor) -> Tensor:
+    """A sharded parameter, gathered. Called by all ranks."""
     assert isinstance(stored, DTensor), "a sharded model has nothing but DTensors"
-    whole: Tensor = stored.full_tensor()
-    return whole.detach()
+    gathered: Tensor = stored.full_tensor()
+    return gathered.detach()
 
 
 def _first_expert(stored: Tensor) -> int:

@@ -87,7 +87,8 @@ def choices_of(config: Config, model: ModelConfig, hardware: Hardware) -> Iterat
     if batching.backward_order != "layer" and batching.recompute_granularity != "full":
         why = "every layer is computed forward twice"
         orders = [("recompute_granularity", "full", 3.0), ("backward_order", "layer", 3.1)]
-        allowed = orders if on_gpu and num_ranks == 1 else orders[:1]
+        has_stages = config.parallel.pipeline_model_parallel_size > 1
+        allowed = orders[:1] if not on_gpu or has_stages or config.parallel.grad_reduce_in_bf16 else orders
         yield [Change(((name, value),), why, rank) for name, value, rank in allowed]
     if on_gpu:
         yield _offload(optimizer)

@@ -42,7 +42,10 @@ def run_plan(config: Config, hardware_text: str | None, *, as_json: bool) -> int
         if hint:
             lines.append(hint)
         if drops:
-            lines.append("The optimizer's state fits on the GPUs too: without --optimizer-cpu-offload it is faster.")
+            where = f", divided over {prediction.num_gpus} of them" if prediction.num_gpus > 1 else ""
+            lines.append(
+                f"The optimizer's state fits on the GPUs too{where}: without --optimizer-cpu-offload it is faster."
+            )
         print("\n".join(lines))
     return 0 if prediction.fits else 1
 
@@ -52,7 +55,8 @@ def has_sampler(config: Config) -> bool:
     is_sft = config.algorithm.loss_type == "sft_loss"
     evaluates = bool(config.eval.eval_prompt_data) or config.eval.eval_config is not None
     samples = not config.debug.samples_nothing and (not is_sft or evaluates)
-    return samples and config.rollout.rollout_engine == "embedded"
+    engine = config.rollout.rollout_engine
+    return samples and engine == "embedded" and not config.cluster.has_replicas(engine)
 
 
 def _require_gpus(config: Config, hardware: Hardware) -> None:

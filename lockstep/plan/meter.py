@@ -12,6 +12,7 @@ import torch
 
 from lockstep.plan.hardware import GIB
 from lockstep.plan.predict import Prediction
+from lockstep.rollout.embedded.address_range import HELD
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _PARTS = {"load": ("load",), "rollout": ("rollout",), "log_probs": ("log-probs",), "train": ("backward", "optimizer")}
@@ -63,7 +64,8 @@ class NoMeter:
 class ProcessMeter:
     """Peaks of this process, of its children's memory at the end of a phase, and of its GPU.
 
-    GPU peaks are those of tensors, without CUDA itself and what the allocator holds in reserve.
+    GPU peaks are those of tensors and of the sampler's caches, without CUDA itself and what the allocator holds in
+    reserve.
     """
 
     def __init__(self, prediction: Prediction, device: torch.device) -> None:
@@ -80,11 +82,12 @@ class ProcessMeter:
         _forget_host_peak()
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
+            HELD.forget_peak()
 
     def stop(self, phase: str) -> None:
         peaks = {"host": _host_peak()}
         if self._device.type == "cuda":
-            peaks["gpu"] = torch.cuda.max_memory_allocated(self._device)
+            peaks["gpu"] = torch.cuda.max_memory_allocated(self._device) + HELD.peak
         for kind, size in peaks.items():
             for kept in (self._measured, self._highest):
                 kept[phase, kind] = max(kept.get((phase, kind), 0.0), size / GIB)

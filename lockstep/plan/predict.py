@@ -12,16 +12,16 @@ from functools import cache, cached_property
 
 import torch
 
-from lockstep.cluster.parts import kv_tokens, layout_of
+from lockstep.cluster.parts import kv_tokens, layout_of, running_requests
 from lockstep.config import Config, OptimizerOptions
 from lockstep.kernels.linear_log_probs import FUSED_CHUNK_BYTES, MIN_CHUNK_ROWS, default_chunk_rows, even_chunk_rows
 from lockstep.models import ModelConfig
-from lockstep.models.activations import Kernels, Pack, block_memory, logits_memory
+from lockstep.models.activations import Kernels, Pack, attention_results, block_memory, logits_memory
 from lockstep.parallel.mesh import Layout
 from lockstep.plan.batches import Batches
 from lockstep.plan.hardware import GIB, Hardware
 from lockstep.plan.shares import largest_stage, num_dense
-from lockstep.rollout.embedded.caches import bytes_per_sequence, bytes_per_token
+from lockstep.rollout.embedded.caches import bytes_of_states, bytes_per_token
 from lockstep.trainer.optimizer.host_memory import RESERVE
 from lockstep.trainer.optimizer.placement import place_state
 from lockstep.trainer.optimizer.streaming import piece_bytes
@@ -32,18 +32,24 @@ CONTEXT = GIB // 2
 ALLOCATOR_SHARE = 0.031
 """What torch's allocator holds above the tensors' peak: 134.6 GiB for 130.55 in steps of Qwen3-30B-A3B."""
 
-PROCESS = {"cpu": int(0.5 * GIB), "cuda": int(4.6 * GIB)}
-"""Host memory of Python, torch and a step's samples, measured: the quickstart on a CPU, and Qwen3-30B-A3B on a GPU,
-where it is what 108.3 GiB leave beside the pinned state."""
+PROCESS = {"cpu": int(0.42 * GIB), "cuda": int(4.6 * GIB)}
+"""Host memory of Python, torch, a tokenizer and a step's samples, measured: a tiny model on a CPU, with torch 2.13, and
+Qwen3-30B-A3B on a GPU, where it is what 108.3 GiB leave beside the pinned state."""
 
-REWARD_WORKER = int(0.04 * GIB)
-"""Measured with a reward of ours."""
+LOADED_PROCESS = {"cpu": int(0.37 * GIB), "cuda": PROCESS["cuda"]}
+"""The same when the model is loaded and nothing has been computed: measured on a CPU."""
+
+REWARD_WORKER = int(0.08 * GIB)
+"""Measured with a reward of ours. They start with the first rollout."""
 
 FILE = 5 * 10**9
 """Largest file of weights in HF's folders: its pages are in memory while it is read."""
 
 _KV_SHARE = 0.8
 """Of what training leaves, for the KV cache that no option sizes; the rest covers errors of the prediction."""
+
+GRAPHS = GIB // 2
+"""Of the graphs of decoding beside their logits. An estimate."""
 
 _FEWEST_SAMPLES = 8
 """Of full length, that such a KV cache has room for at least. Fewer would decode very slowly."""
@@ -161,6 +167,8 @@ class _Predictor:
         self.layout = layout_of(config)
         self.layout.check(model)
         self.num_ranks = self.layout.world_size
+        self.ranks_here = config.cluster.actor_num_gpus_per_node
+        """Ranks that share a machine's memory."""
         self.dtype: torch.dtype = getattr(torch, config.model.params_dtype)
         self.element = self.dtype.itemsize
         if kernels is None:
@@ -172,11 +180,15 @@ class _Predictor:
         self.batches = Batches.of(config, model, dp_size=self.layout.dp_size)
         self.options = config.optimizer
         self.state = _optimizer_state(model, self.layout, self.dtype, config.optimizer)
-        self.by_layer = config.batching.backward_order == "layer" and self.num_ranks == 1
+        self.by_layer = config.batching.backward_order == "layer"
         is_bf16 = self.dtype == torch.bfloat16 and self.options.main_grads_dtype == "bf16"
         self.kept_gradient = 2 if is_bf16 else 4
         """Bytes of a number of a gradient that waits for the update."""
         self.summed_gradient = 4 if self.by_layer else self.kept_gradient
+        self.is_ahead = self.on_gpu and kernels == "fused" and (self.num_ranks == 1 or model.num_sparse_layers == 0)
+        """Decoding is a replay of graphs, and chosen experts are kept on the host."""
+        self.hands_over = samples and self.on_gpu and self.num_ranks == 1
+        """The sampler's caches have memory while it samples only."""
         self.micro_batch = self._pack(self.batches.micro_batch_tokens)
 
     def prediction(self) -> Prediction:
@@ -193,41 +205,53 @@ class _Predictor:
 
     def _phases(self, kv_tokens: int) -> Iterator[Phase]:
         always = self._resident(kv_tokens)
+        caches = self._caches(kv_tokens) if self.hands_over else {}
+        routes = self._host_routes(kv_tokens)
         # A file's pages are given back before the optimizer's state is made.
         file = min(FILE, self.whole.total * self.element) - self._host.get(_PINNED, 0)
-        yield self._phase("load", [("at its end", {})], always, {"pages of a file of weights": file})
+        yield self._phase("load", [("at its end", caches)], always, self._loading(file) | routes)
         if self.samples:
-            yield self._phase("rollout", self._rollout_moments, always)
+            moments = [(moment, caches | items) for moment, items in self._rollout_moments]
+            yield self._phase("rollout", moments, always, routes)
         if self._has_log_probs_pass:
-            yield self._phase("log-probs", self._log_probs_moments, always)
-        yield self._phase("backward", self._backward_moments, always)
-        yield self._phase("optimizer", [("at its start", self._gradients(self.stored.total))], always)
-        yield self._phase("save", [("while it writes", {})], always, self._saving)
+            yield self._phase("log-probs", self._log_probs_moments, always, routes)
+        yield self._phase("backward", self._backward_moments, always, routes)
+        yield self._phase("optimizer", [("at its start", self._gradients(self.stored.total))], always, routes)
+        yield self._phase("save", [("while it writes", {})], always, self._saving | routes)
 
     def _phase(self, name: str, moments: list[Moment], always: Items, of_host: Items | None = None) -> Phase:
         moment, items = max(moments, key=lambda moment: sum(moment[1].values()))
         device, host = _without_zeros(always | items), _without_zeros(self._host | (of_host or {}))
         if not self.on_gpu:
-            return Phase(name, moment, {}, {key: self.num_ranks * size for key, size in device.items()} | host)
+            return Phase(name, moment, {}, {key: self.ranks_here * size for key, size in device.items()} | host)
         reserve = int(ALLOCATOR_SHARE * sum(device.values()))
         return Phase(name, moment, device | {RESERVED: reserve, CUDA: CONTEXT}, host)
 
     @cached_property
     def _host(self) -> Items:
         """What every phase has in host memory beside the model."""
-        controller = self.num_ranks > 1
-        pinned = self.num_ranks * self.state.on_host if self.on_gpu else 0
+        pinned = self.ranks_here * self.state.on_host if self.on_gpu else 0
         return {
-            "processes": (self.num_ranks + controller) * PROCESS["cuda" if self.on_gpu else "cpu"],
+            "processes": self._num_processes * PROCESS["cuda" if self.on_gpu else "cpu"],
             "reward workers": self.config.reward.reward_num_workers * REWARD_WORKER,
             _PINNED: pinned,
         }
+
+    def _loading(self, file: int) -> Items:
+        """What is otherwise while the model is loaded."""
+        processes = self._num_processes * LOADED_PROCESS["cuda" if self.on_gpu else "cpu"]
+        return {"processes": processes, "reward workers": 0, "pages of a file of weights": file}
+
+    @property
+    def _num_processes(self) -> int:
+        """Ranks, and the controller where it is none of them."""
+        return self.ranks_here + (self.num_ranks > 1)
 
     @property
     def _saving(self) -> Items:
         """From a GPU: one tensor is written while the next is copied."""
         tensor = self.stage.largest_tensor * self.element
-        return {"tensors on their way to files": 2 * self.num_ranks * tensor} if self.on_gpu else {}
+        return {"tensors on their way to files": 2 * self.ranks_here * tensor} if self.on_gpu else {}
 
     # What is there in all phases
 
@@ -241,27 +265,40 @@ class _Predictor:
             "optimizer state": self.state.on_device + (0 if self.on_gpu else self.state.on_host),
             "streaming buffers": buffers * self.state.buffer if is_streamed else 0,
         }
-        return items | (self._caches(kv_tokens) if self.samples else {})
+        if not self.samples:
+            return items
+        graphs = {"graphs of decoding": GRAPHS + 2 * self._running * self.model.vocab_size} if self.is_ahead else {}
+        return items | graphs | ({} if self.hands_over else self._caches(kv_tokens))
 
     def _caches(self, kv_tokens: int) -> Items:
-        routes = 2 * self.model.num_sparse_layers * self.model.num_experts_per_tok
-        return {
-            "KV cache": kv_tokens * bytes_per_token(self.model, self.element),
-            "delta-rule states": self.config.rollout.rollout_max_running_requests
-            * bytes_per_sequence(self.model, self.element),
-            "recorded routes": kv_tokens * routes,
-        }
+        most = running_requests(
+            self.config,
+            self.model,
+            element_size=self.element,
+            num_tokens=kv_tokens,
+            longest=self.batches.longest_sample,
+        )
+        states = bytes_of_states(self.model, self.element, most) if self.model.num_delta_layers else 0
+        items = {"KV cache": kv_tokens * bytes_per_token(self.model, self.element), "delta-rule states": states}
+        return items | ({} if self.is_ahead else self._routes(kv_tokens))
+
+    def _routes(self, kv_tokens: int) -> Items:
+        per_token = 2 * self.model.num_sparse_layers * self.model.num_experts_per_tok
+        return {"recorded routes": kv_tokens * per_token}
+
+    def _host_routes(self, kv_tokens: int) -> Items:
+        return self._routes(kv_tokens) if self.samples and self.is_ahead else {}
 
     @cached_property
     def kv_tokens(self) -> int:
         """Of one rank's cache: the option, else what the run's own function makes of what the largest phase leaves."""
         if not self.samples:
             return 0
-        phases = list(self._phases(0))
+        phases = [phase for phase in self._phases(0) if not self.hands_over or phase.name in ("load", "rollout")]
         if self.on_gpu:
             left = self.hardware.gpu_bytes - max(phase.gpu_bytes for phase in phases)
         else:
-            left = (self.hardware.host_bytes - max(phase.host_bytes for phase in phases)) // self.num_ranks
+            left = (self.hardware.host_bytes - max(phase.host_bytes for phase in phases)) // self.ranks_here
         share = self.config.sglang.mem_fraction_static or _KV_SHARE
         longest = max(self.batches.longest_sample, self._longest_evaluation)
         states = self._caches(0)["delta-rule states"]  # part of what the phases took
@@ -282,18 +319,25 @@ class _Predictor:
 
     # Sampling
 
+    @property
+    def _running(self) -> int:
+        return self.config.rollout.rollout_max_running_requests
+
     @cached_property
     def _rollout_moments(self) -> list[Moment]:
         longest, model = self.batches.longest_sample, self.model
         samples = -(-self.batches.samples_per_rollout // self.num_ranks)
-        running = max(1, min(self.config.rollout.rollout_max_running_requests, samples))
+        running = max(1, min(self._running, samples))
         context = 2 * running * longest * model.num_key_value_heads * model.head_dim * self.element
         scores = running * longest * model.num_attention_heads * (2 * 4 + self.element)
         prompts = self._pack(min(max(16384, longest), running * longest))
         gathered = {"dense weights of all ranks": num_dense(model) * self.element if self.num_ranks > 1 else 0}
         logits = {"logits": 3 * 4 * running * model.vocab_size}
+        in_prefill = ("in a prefill", gathered | {"one layer": self._forward_bytes(prompts)} | logits)
+        if self.is_ahead:
+            return [in_prefill]
         return [
-            ("in a prefill", gathered | {"one layer": self._forward_bytes(prompts)} | logits),
+            in_prefill,
             ("in a decode", gathered | {"keys and values that a layer reads": context, "attention scores": scores}),
         ]
 
@@ -319,21 +363,32 @@ class _Predictor:
 
     def _by_layer(self) -> Iterator[Moment]:
         """Inputs of layers go as gradients of layers come; only what is being finished has fp32 gradients."""
-        pack, stored = self.micro_batch, self.stored
-        step = self._stream(self.batches.tokens_per_step)
-        tied = stored.embedding if self.model.tie_word_embeddings else 0
+        pack, stored, whole = self.micro_batch, self.stored, self.stage.gathered
+        step = self._stream(self.batches.tokens_per_step // (self.layout.tp_size * self.layout.cp_size))
+        tied = whole.embedding if self.model.tie_word_embeddings else 0
+        found = self._attention_results(self._pack(self.batches.tokens_per_step))
 
         def finishing(numbers: int) -> Items:
             return {"gradients of what is being finished": self.summed_gradient * numbers}
+
+        def gathered(layer: int | None = None) -> Items:
+            if self.num_ranks == 1:
+                return {}
+            return {
+                "gathered weights": (whole.outside_layers + (whole.layers[layer] if layer is not None else 0))
+                * self.element
+            }
 
         yield (
             "at the logits",
             {
                 "layer inputs": (len(stored.layers) + 1) * step,
+                "results of attention": sum(found),
                 "hidden states": 2 * self._stream(pack.tokens),
                 "logits": self._logits(pack)[1],
             }
-            | finishing(stored.head + tied),
+            | gathered()
+            | finishing(whole.head + tied),
         )
         done = stored.head
         for layer in reversed(self.stage.layers):
@@ -341,27 +396,30 @@ class _Predictor:
             yield (
                 f"in layer {layer}",
                 self._gradients(done)
-                | finishing(stored.layers[layer] + tied)
+                | gathered(layer)
+                | finishing(whole.layers[layer] + tied)
                 | {
                     "layer inputs": (layer + 1) * step,
+                    "results of attention": sum(found[: layer - self.stage.layers[0]]),
                     "gradients of layer inputs": step,
                     "activations of one layer": memory.kept_bytes,
                     "backward of one layer": memory.backward,
                 },
             )
             done += stored.layers[layer]
-        fresh = {"backward of the embedding": stored.embedding * self.element, "gradients of layer inputs": step}
-        yield "at the embedding", self._gradients(done) | finishing(stored.embedding) | fresh
+        fresh = {"backward of the embedding": whole.embedding * self.element, "gradients of layer inputs": step}
+        yield "at the embedding", self._gradients(done) | gathered() | finishing(whole.embedding) | fresh
 
     def _by_micro_batch(self) -> Iterator[Moment]:
         """From the second micro-batch on, the sums of all gradients exist; pipeline stages have several under way."""
         pack, layers, stored = self.micro_batch, list(self.stage.layers), self.stored
-        recomputes = self.config.batching.recompute_granularity == "full"
+        recomputes = self.config.batching.recompute_granularity is not None
         is_first_kept = self.batches.num_micro_batches > 1
         under_way = min(self.layout.pp_size, self.batches.num_micro_batches)
         stream = self._stream(pack.tokens)
         memory = [block_memory(self.model, layer, pack) for layer in layers]
-        kept = [0 if recomputes else block.kept_bytes for block in memory]
+        found = self._attention_results(pack)
+        kept = found if recomputes else [block.kept_bytes for block in memory]
         inputs = {"layer inputs": (under_way if recomputes else under_way - 1) * len(layers) * stream}
 
         def moment(layers_left: int, done: int, items: Items) -> Items:
@@ -375,7 +433,7 @@ class _Predictor:
         for number in reversed(range(len(layers))):
             done += stored.layers[layers[number]]
             of_one = {
-                "activations of one layer": memory[number].kept_bytes if recomputes else 0,
+                "activations of one layer": memory[number].kept_bytes - found[number] if recomputes else 0,
                 "backward of one layer": memory[number].backward + stream,
             }
             yield f"in layer {layers[number]}", moment(number + 1, done, of_one)
@@ -400,6 +458,11 @@ class _Predictor:
 
     def _forward_bytes(self, pack: Pack) -> int:
         return max(block_memory(self.model, layer, pack).forward for layer in self.stage.layers)
+
+    def _attention_results(self, pack: Pack) -> list[int]:
+        """What selective recomputing keeps of every layer."""
+        keeps = self.config.batching.recompute_granularity == "selective" and self.layout.cp_size == 1
+        return [attention_results(self.model, layer, pack) if keeps else 0 for layer in self.stage.layers]
 
     def _stream(self, tokens: int) -> int:
         return tokens * self.model.hidden_size * int(self.element)

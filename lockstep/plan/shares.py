@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from lockstep.models import ModelConfig, build_model
+from lockstep.models.layers.gated_delta_net import GatedDeltaNet
 from lockstep.models.layers.moe import Experts, Router
-from lockstep.models.layers.norm import RMSNorm
 from lockstep.parallel.mesh import Layout
 
 Parameters = dict[str, Tensor]
 """Tensors on the meta device by name."""
+
+
+Division = Literal["experts", "rows", "columns", "whole"]
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,8 @@ def largest_stage(config: ModelConfig, layout: Layout, dtype: torch.dtype) -> St
     with torch.device("meta"):
         model = build_model(config)
     model.to(dtype)
-    divided = {name: _divided(module, name) for module, name in _owners(model)}
+    whole = config.num_key_value_heads % layout.tp_size != 0
+    divided = {name: _divided(module, name, has_whole_keys=whole) for module, name in _owners(model)}
     stages = []
     for number, layers in enumerate(layout.stage_layers(config.num_hidden_layers)):
         stored, gathered = {}, {}
@@ -80,9 +85,7 @@ def largest_stage(config: ModelConfig, layout: Layout, dtype: torch.dtype) -> St
             else:
                 is_here = number in _stages_outside_layers(name, config, layout)
             if is_here:
-                by_tensor, by_fsdp = _divisors(divided[name], layout)
-                gathered[name] = _first_rows(parameter, by_tensor)
-                stored[name] = _first_rows(parameter, by_tensor * by_fsdp)
+                gathered[name], stored[name] = _shares(parameter, divided[name], layout)
         stages.append(Stage(layers, stored, Counts.of(stored), Counts.of(gathered)))
     return max(stages, key=lambda stage: stage.stored.total)
 
@@ -101,18 +104,26 @@ def _owners(model: nn.Module) -> Iterable[tuple[nn.Module, str]]:
             yield module, f"{prefix}.{name}"
 
 
-def _divided(module: nn.Module, name: str) -> str:
-    """Over what the parameter is divided beside FSDP."""
+def _divided(module: nn.Module, name: str, *, has_whole_keys: bool) -> Division:
+    """How the parameter is divided beside FSDP: see `divide_tensors` and `divide_width`."""
     if isinstance(module, Experts):
         return "experts"
-    whole = isinstance(module, Router | RMSNorm) or name.endswith("shared_expert_gate.weight")
-    return "nothing" if whole else "tensor"
+    owner = name.rpartition(".")[0].rpartition(".")[2]
+    if isinstance(module, Router | GatedDeltaNet) or owner.endswith(("norm", "shared_expert_gate", "conv1d")):
+        return "whole"
+    if owner in ("o_proj", "out_proj", "down_proj"):
+        return "columns" if name.endswith("weight") else "whole"
+    return "whole" if has_whole_keys and owner in ("k_proj", "v_proj") else "rows"
 
 
-def _divisors(kind: str, layout: Layout) -> tuple[int, int]:
-    if kind == "experts":
-        return layout.ep_size * layout.etp_size, layout.expert_dp_size
-    return (layout.tp_size if kind == "tensor" else 1), layout.dp_size * layout.cp_size
+def _shares(parameter: Tensor, division: Division, layout: Layout) -> tuple[Tensor, Tensor]:
+    """What the first rank computes with, and what it stores of that."""
+    if division == "experts":
+        gathered = _first(parameter, 0, layout.ep_size)
+        return gathered, _first(gathered, 0, layout.expert_dp_size * layout.etp_size)
+    dims = {"rows": 0, "columns": 1}
+    gathered = _first(parameter, dims[division], layout.tp_size) if division in dims else parameter
+    return gathered, _first(gathered, 0, layout.dp_size * layout.cp_size)
 
 
 def _stages_outside_layers(name: str, config: ModelConfig, layout: Layout) -> set[int]:
@@ -123,5 +134,5 @@ def _stages_outside_layers(name: str, config: ModelConfig, layout: Layout) -> se
     return {last}
 
 
-def _first_rows(parameter: Tensor, share: int) -> Tensor:
-    return parameter[: -(-parameter.shape[0] // share)].detach()
+def _first(tensor: Tensor, dim: int, num_parts: int) -> Tensor:
+    return tensor.detach().narrow(dim, 0, -(-tensor.shape[dim] // num_parts))

@@ -9,27 +9,28 @@ T packed tokens, D model width.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lockstep.kernels.packed import PackedDocuments
 from lockstep.models import LanguageModel
 from lockstep.models.language_model import RunLayer, run_layer
+from lockstep.models.layers.mixer import TokenMixer
 from lockstep.models.layers.moe import ChooseExperts
-from lockstep.trainer.batch import MicroBatch
 
 
 @dataclass(frozen=True)
 class Pass:
     """One micro-batch on its way through the model, and how it ends: from hidden states `[T, D]` to a loss."""
 
-    batch: MicroBatch
-    documents: PackedDocuments
+    input_ids_T: Tensor
+    positions_T: Tensor
+    mixer: TokenMixer
     choose: ChooseExperts
     finish: Callable[[Tensor], Tensor]
 
@@ -52,8 +53,7 @@ class ByMicroBatch:
 
     def run(self, model: LanguageModel, passes: Iterable[Pass]) -> None:
         for one in passes:
-            batch = one.batch
-            hidden_TD = model(batch.input_ids_T, batch.positions_T, one.documents, one.choose, self._run_layer)
+            hidden_TD = model(one.input_ids_T, one.positions_T, one.mixer, one.choose, self._run_layer)
             one.finish(hidden_TD).backward()
 
 
@@ -66,14 +66,24 @@ class ByLayer:
 
     Args:
         settle: told the names of parameters whose gradients are complete.
+        gathered: makes the weights of a block whole while its context is open, or of the model those outside blocks.
+            They are asked for twice a step, however many micro-batches it has.
     """
 
-    def __init__(self, settle: Callable[[list[str]], None]) -> None:
+    def __init__(
+        self,
+        settle: Callable[[list[str]], None],
+        gathered: Callable[[nn.Module], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
         self._settle = settle
+        self._gathered = gathered
 
     def run(self, model: LanguageModel, passes: Iterable[Pass]) -> None:
-        passes = list(passes)
-        rotary = [model.rotary(one.batch.positions_T) for one in passes]
+        with self._gathered(model):
+            self._run(model, list(passes))
+
+    def _run(self, model: LanguageModel, passes: list[Pass]) -> None:
+        rotary = [model.rotary(one.positions_T) for one in passes]
         inputs = self._layer_inputs(model, passes, rotary)
         grads = []
         for one, own in zip(passes, inputs, strict=True):
@@ -84,13 +94,14 @@ class ByLayer:
         if not model.config.tie_word_embeddings:
             self._settle([f"lm_head.{name}" for name, _ in model.lm_head.named_parameters()])
         for key, block in reversed(list(model.model.layers.items())):
-            for number, one in enumerate(passes):
-                x_TD = inputs[number].pop().requires_grad_()
-                block(x_TD, rotary[number], one.documents, one.choose).backward(grads[number])
-                grads[number] = x_TD.grad
+            with self._gathered(block):
+                for number, one in enumerate(passes):
+                    x_TD = inputs[number].pop().requires_grad_()
+                    block(x_TD, rotary[number], one.mixer, one.choose).backward(grads[number])
+                    grads[number] = x_TD.grad
             self._settle([f"model.layers.{key}.{name}" for name, _ in block.named_parameters()])
         for one, grad_TD in zip(passes, grads, strict=True):
-            model.model.embed_tokens(one.batch.input_ids_T).backward(grad_TD)
+            model.model.embed_tokens(one.input_ids_T).backward(grad_TD)
         self._settle(["model.embed_tokens.weight"])
 
     @torch.no_grad()
@@ -101,8 +112,9 @@ class ByLayer:
 
         Layer by layer here too: an update that is still streaming has the whole forward to hide behind.
         """
-        inputs = [[model.model.embed_tokens(one.batch.input_ids_T)] for one in passes]
+        inputs = [[model.model.embed_tokens(one.input_ids_T)] for one in passes]
         for block in model.model.layers.values():
-            for one, own, tables in zip(passes, inputs, rotary, strict=True):
-                own.append(block(own[-1], tables, one.documents, one.choose))
+            with self._gathered(block):
+                for one, own, tables in zip(passes, inputs, rotary, strict=True):
+                    own.append(block(own[-1], tables, one.mixer, one.choose))
         return inputs

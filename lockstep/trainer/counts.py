@@ -17,6 +17,7 @@ class Counts:
 
     def __init__(self) -> None:
         self.version = 0
+        self.is_at_work = False
         self.num_steps_done = 0
         self._reference_moved = False
 

@@ -38,6 +38,8 @@ class TrainingEngine(Protocol):
     """Holds the weights and the optimizer. `version` counts the weight updates that samplers must know of."""
 
     version: int
+    is_at_work: bool
+    """Whether it trains on another thread now: its weights may not be read then."""
 
     def log_probs(self, samples: Sequence[TrainSample], *, reference: bool = False) -> list[LogProbs]:
         """Forward only, under the current weights or the frozen reference model's."""

@@ -15,12 +15,12 @@ from lockstep.algorithms import Loss
 from lockstep.checkpoint.hf import OnBytes, save_hf_model
 from lockstep.checkpoint.tensors import load_tensors, save_tensors
 from lockstep.config import BatchingOptions, OptimizerOptions
-from lockstep.kernels.linear_log_probs import linear_log_probs
-from lockstep.kernels.packed import PackedDocuments
+from lockstep.exact import log_probs_for, packed_documents
 from lockstep.models import LanguageModel
 from lockstep.models.layers.moe import ChooseExperts, RecordRoutes
 from lockstep.trainer.backward import BackwardOrder, ByLayer, ByMicroBatch, Pass
 from lockstep.trainer.batch import MicroBatch, TrainSample, pack_by_count, pack_by_tokens
+from lockstep.trainer.blocks import require_the_same_blocks
 from lockstep.trainer.counts import Counts
 from lockstep.trainer.engine import LogProbs, StepResult
 from lockstep.trainer.optimizer import Optimizer, learning_rate
@@ -66,7 +66,7 @@ class LocalTrainer(Counts):
         self.routing = routing
         self.num_steps = num_steps
         self.on_micro_batch = on_micro_batch
-        self._backward: BackwardOrder = ByMicroBatch(recompute=batching.recompute_granularity == "full")
+        self._backward: BackwardOrder = ByMicroBatch(recompute=batching.recompute_granularity is not None)
         if batching.backward_order == "layer":
             self._backward = ByLayer(self.optimizer.gradients.settle)
         if self.optimizer.is_streamed:
@@ -102,7 +102,7 @@ class LocalTrainer(Counts):
             recorded_TLS = None if reference else batch.routed_experts_TLS
             choose = choose_experts(recorded_TLS, replays=self.routing == "rollout")
             records = RecordRoutes(choose) if self.routing == "old" and not reference else None
-            documents = PackedDocuments(batch.lengths, self.device)
+            documents = packed_documents(model)(batch.lengths, self.device)
             hidden_TD = model(batch.input_ids_T, batch.positions_T, documents, records or choose)
             policy_R, _ = self._project(model, batch, hidden_TD, with_entropy=False)
             for index, result in zip(members, _per_sample(batch, policy_R, choose), strict=True):
@@ -131,8 +131,10 @@ class LocalTrainer(Counts):
             for members in self._micro_batches(samples, self.batching.max_tokens_per_gpu):
                 batch = MicroBatch.build([samples[i] for i in members], self.device)
                 choose = choose_experts(batch.routed_experts_TLS, replays=self.routing != "own")
-                documents = PackedDocuments(batch.lengths, self.device)
-                yield Pass(batch, documents, choose, partial(finish, members, batch, choose))
+                keeps_attention = self.batching.recompute_granularity == "selective"
+                documents = packed_documents(self.model)(batch.lengths, self.device, keeps_attention=keeps_attention)
+                done = partial(finish, members, batch, choose)
+                yield Pass(batch.input_ids_T, batch.positions_T, documents, choose, done)
 
         self._backward.run(self.model, passes())
         lr = learning_rate(self.optimizer_options, self.num_steps_done, num_steps=self.num_steps)
@@ -159,7 +161,9 @@ class LocalTrainer(Counts):
         save_tensors(folder, dict(self._state(with_optimizer)))
 
     def load(self, folder: Path, *, with_optimizer: bool = True) -> None:
-        load_tensors(folder, dict(self._state(with_optimizer)))
+        state = dict(self._state(with_optimizer))
+        require_the_same_blocks(folder, state)
+        load_tensors(folder, state)
         if not with_optimizer:
             self.optimizer.restart()
 
@@ -183,7 +187,7 @@ class LocalTrainer(Counts):
     def _project(
         self, model: LanguageModel, batch: MicroBatch, hidden_TD: Tensor, *, with_entropy: bool
     ) -> tuple[Tensor, Tensor | None]:
-        return linear_log_probs(
+        return log_probs_for(model)(
             hidden_TD[batch.rows_R],
             model.lm_head.weight,
             batch.targets_R,

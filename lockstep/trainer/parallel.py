@@ -23,28 +23,30 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
 from lockstep.algorithms import Loss
-from lockstep.checkpoint.tensors import load_tensors, save_tensors, tensor_names
+from lockstep.checkpoint.tensors import load_tensors, save_tensors
 from lockstep.config import BatchingOptions, OptimizerOptions
-from lockstep.errors import CheckpointError
 from lockstep.kernels.packed import PackedDocuments
 from lockstep.models import LanguageModel
 from lockstep.models.language_model import RunLayer, run_layer
 from lockstep.models.layers.mixer import TokenMixer
 from lockstep.models.layers.moe import ChooseExperts, MoE, RecordRoutes, top_k_experts
 from lockstep.parallel.context import ContextMixer
+from lockstep.parallel.layers import GatheredLayers
 from lockstep.parallel.local import local_part
 from lockstep.parallel.log_probs import log_probs_of_pack
 from lockstep.parallel.mesh import Meshes
 from lockstep.parallel.pipeline import FromPreviousStage, Pipeline
 from lockstep.parallel.rows import RankRows
-from lockstep.parallel.shard import sharded_parameters
+from lockstep.parallel.shard import ShardedParameter, sharded_parameters
 from lockstep.parallel.whole import WholeModel
+from lockstep.trainer.backward import ByLayer, Pass
 from lockstep.trainer.batch import MicroBatch, TrainSample, pack_by_count, pack_by_tokens
+from lockstep.trainer.blocks import require_the_same_blocks
 from lockstep.trainer.counts import Counts
 from lockstep.trainer.engine import LogProbs, StepResult
 from lockstep.trainer.optimizer import learning_rate
 from lockstep.trainer.routes import CompareRoutes, ReplayRoutes, choose_experts
-from lockstep.trainer.shards import CUT, ShardOptimizer
+from lockstep.trainer.shards import ShardOptimizer
 
 _NOTHING = TrainSample(
     tokens=[0],
@@ -117,7 +119,9 @@ class ParallelTrainer(Counts):
         self.meshes = meshes
         self.reference = reference
         self.loss = loss
-        self.optimizer: ShardOptimizer = ShardOptimizer(list(sharded_parameters(model, meshes)), optimizer)
+        by_layer = batching.backward_order == "layer"
+        shards = list(sharded_parameters(model, meshes))
+        self.optimizer: ShardOptimizer = ShardOptimizer(shards, optimizer, settles=by_layer)
         self.optimizer_options = optimizer
         self.batching = batching
         self.temperature = temperature
@@ -126,8 +130,20 @@ class ParallelTrainer(Counts):
         self.num_steps = num_steps
         self.device = device
         self.on_micro_batch = on_micro_batch
-        recomputes = batching.recompute_granularity == "full"
+        self._by_layer = self._make_by_layer(shards) if by_layer else None
+        recomputes = batching.recompute_granularity is not None
         self._run_layer: RunLayer = partial(checkpoint, use_reentrant=False) if recomputes else run_layer
+
+    def _make_by_layer(self, shards: list[ShardedParameter]) -> ByLayer:
+        assert self.meshes.layout.pp_size == 1, "a stage would wait for all of the one before it"
+        gradients = self.optimizer.gradients
+        layers = GatheredLayers(self.model, {shard.name: shard for shard in shards}, gradients.take_part)
+
+        def settle(names: list[str]) -> None:
+            layers.reduce(names)
+            gradients.settle(names)
+
+        return ByLayer(settle, layers.gathered)
 
     @torch.no_grad()
     def log_probs(self, samples: Sequence[TrainSample], *, reference: bool = False) -> list[LogProbs]:
@@ -161,15 +177,13 @@ class ParallelTrainer(Counts):
         return self._results(packs, policies, routes)
 
     def step(self, samples: Sequence[TrainSample]) -> StepResult:
-        packs = self._packs(samples, self.batching.max_tokens_per_gpu)
+        keeps_attention = self.batching.recompute_granularity == "selective"
+        packs = self._packs(samples, self.batching.max_tokens_per_gpu, keeps_attention=keeps_attention)
         totals: dict[str, float] = {}
         policies: list[Tensor] = []
-        routes: list[ChooseExperts] = []
+        routes = [choose_experts(pack.routed_experts_SLK, replays=self.routing != "own") for pack in packs]
 
-        def forward(index: int, received: Tensor | None) -> Tensor:
-            pack = packs[index]
-            routes.append(choose_experts(pack.routed_experts_SLK, replays=self.routing != "own"))
-            hidden_SD = self._hidden(self.model, pack, routes[-1], received)
+        def finish(pack: _Pack, hidden_SD: Tensor) -> Tensor:
             self.on_micro_batch(len(pack.members))
             if not self.meshes.is_last_stage:
                 return hidden_SD
@@ -180,7 +194,19 @@ class ParallelTrainer(Counts):
                 totals[name] = totals.get(name, 0.0) + float(value)
             return output.loss
 
-        self._pipeline(self.model, packs).forward_backward(forward)
+        def forward(index: int, received: Tensor | None) -> Tensor:
+            return finish(packs[index], self._hidden(self.model, packs[index], routes[index], received))
+
+        if self._by_layer is not None:
+            self._by_layer.run(
+                self.model,
+                (
+                    Pass(pack.input_ids_C, pack.positions_C, pack.mixer, choose, partial(finish, pack))
+                    for pack, choose in zip(packs, routes, strict=True)
+                ),
+            )
+        else:
+            self._pipeline(self.model, packs).forward_backward(forward)
         lr = learning_rate(self.optimizer_options, self.num_steps_done, num_steps=self.num_steps)
         updates_before = self.optimizer.num_updates
         grad_norm = self.optimizer.step(lr)
@@ -210,7 +236,7 @@ class ParallelTrainer(Counts):
             CheckpointError: as `load_tensors`, or the folder has 8-bit moments whose blocks end elsewhere.
         """
         state = dict(self._state(with_optimizer))
-        _require_the_same_blocks(folder, state)
+        require_the_same_blocks(folder, state)
         load_tensors(folder, state)
         if not with_optimizer:
             self.optimizer.restart()
@@ -237,7 +263,9 @@ class ParallelTrainer(Counts):
         """Whether this rank answers for its data-parallel place: the ranks that share its samples know the same."""
         return self.meshes.is_last_stage and self.meshes.cp_rank == 0 and self.meshes.tp_rank == 0
 
-    def _packs(self, samples: Sequence[TrainSample], max_tokens: int | None) -> list[_Pack]:
+    def _packs(
+        self, samples: Sequence[TrainSample], max_tokens: int | None, *, keeps_attention: bool = False
+    ) -> list[_Pack]:
         """The micro-batches of this data-parallel place. `max_tokens` is what one context-parallel rank takes."""
         layout, lengths = self.meshes.layout, [len(s.tokens) for s in samples]
         if self.batching.use_dynamic_batch_size and max_tokens:
@@ -245,12 +273,12 @@ class ParallelTrainer(Counts):
         else:
             bins = pack_by_count(len(samples), self.batching.micro_batch_size)
         mine = deal_micro_batches(bins, lengths, layout.dp_size)[self.meshes.dp_rank]
-        return [self._pack(members, [samples[i] for i in members] or [_NOTHING]) for members in mine]
+        return [self._pack(members, [samples[i] for i in members] or [_NOTHING], keeps_attention) for members in mine]
 
-    def _pack(self, members: list[int], samples: list[TrainSample]) -> _Pack:
+    def _pack(self, members: list[int], samples: list[TrainSample], keeps_attention: bool) -> _Pack:
         meshes, batch = self.meshes, MicroBatch.build(samples, self.device)
         rows = RankRows(batch.lengths, meshes.layout, meshes.cp_rank, meshes.tp_rank, self.device)
-        mixer: TokenMixer = PackedDocuments(rows.lengths, self.device)
+        mixer: TokenMixer = PackedDocuments(rows.lengths, self.device, keeps_attention=keeps_attention)
         if meshes.layout.cp_size > 1:
             mixer = ContextMixer(rows, meshes.group("cp"))
         positions_T = torch.cat([torch.arange(length, device=self.device) for length in rows.lengths])
@@ -336,20 +364,6 @@ class ParallelTrainer(Counts):
         parts: list[list[Any]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(parts, found)
         return [item for part in parts for item in part]
-
-
-def _require_the_same_blocks(folder: Path, state: dict[str, Tensor]) -> None:
-    there = tensor_names(folder)
-    for name in state:
-        whole, _, parts = name.partition(CUT)
-        written = [other for other in there if other == whole or other.startswith(whole + CUT)]
-        if name not in written and written and "_scale" in whole:
-            raise CheckpointError(
-                f"{folder} {whole.removeprefix('optimizer.')}",
-                f"cut over {written[0].partition(CUT)[2] or 1} ranks",
-                f"a block of 8-bit moments must not cross ranks, and here {parts or 1} share it.",
-                "Resume with the sizes of tensor and data parallelism that wrote it, or save with --no-save-optim.",
-            )
 
 
 def _per_sample(pack: _Pack, log_probs_R: Tensor, flips_T: Tensor | None) -> list[tuple[int, LogProbs]]:

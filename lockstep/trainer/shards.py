@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+import socket
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -15,11 +16,10 @@ from torch.distributed.tensor import DTensor
 from lockstep.config import OptimizerOptions
 from lockstep.kernels.adamw import BLOCK, num_blocks
 from lockstep.parallel.shard import ShardedParameter
+from lockstep.trainer.blocks import CUT
 from lockstep.trainer.optimizer import Optimizer
 from lockstep.trainer.optimizer.gradients import Gradients
-
-CUT = ".cut_over_"
-"""Marks the scales of 8-bit blocks that end where a shard ends."""
+from lockstep.trainer.optimizer.host_memory import host_memory_left, require_host_memory
 
 
 class ShardGradients(Gradients):
@@ -39,15 +39,28 @@ class ShardGradients(Gradients):
         local.grad = grad.to_local()
         self._add(name, local)
 
+    def take_part(self, name: str, grad: Tensor) -> None:
+        """All of a gradient, already summed over data-parallel ranks."""
+        assert name not in self._sums
+        self._sums[name] = grad
+
+    @torch.no_grad()
+    def settle(self, names: Iterable[str]) -> None:
+        """As `Gradients.settle`, after summing up what ranks have each a share of."""
+        here = [name for name in names if name in self._sums]
+        for name in here:
+            for group in self._shards[name].sum_over:
+                dist.all_reduce(self._sums[name], group=group)
+        super().settle(here)
+
     @torch.no_grad()
     def norm(self) -> float:
-        """Sum up what ranks have each a share of, then the norm over the whole model, every number counted once."""
+        """Over the whole model, every number counted once."""
+        self.settle([name for name in self._sums if name not in self._norms])
         square = torch.zeros((), dtype=torch.float64, device=self._device)
-        for name, grad in self._sums.items():
-            for group in self._shards[name].sum_over:
-                dist.all_reduce(grad, group=group)
+        for name, norm in self._norms.items():
             if self._shards[name].is_counted_here:
-                square += torch.linalg.vector_norm(grad, dtype=torch.float32).double() ** 2
+                square += norm.double() ** 2
         dist.all_reduce(square)
         return math.sqrt(float(square))
 
@@ -59,12 +72,16 @@ class ShardGradients(Gradients):
 class ShardOptimizer(Optimizer):
     """`Optimizer` of this rank's numbers; parameters of which it has none are left out."""
 
-    def __init__(self, shards: list[ShardedParameter], options: OptimizerOptions) -> None:
+    def __init__(self, shards: list[ShardedParameter], options: OptimizerOptions, *, settles: bool = False) -> None:
         self.shards = {shard.name: shard for shard in shards if shard.local.numel() > 0}
         local: Any = _Locals({name: shard.local for name, shard in self.shards.items()})
         super().__init__(local, options)
         main_grads = torch.bfloat16 if options.main_grads_dtype == "bf16" else torch.float32
-        self.gradients = ShardGradients(self.shards, accumulate=main_grads, keep=main_grads)
+        accumulate = torch.float32 if settles else main_grads
+        self.gradients: ShardGradients = ShardGradients(self.shards, accumulate=accumulate, keep=main_grads)
+
+    def _require_host_memory(self, needed: int) -> None:
+        require_host_memory_of_all(needed)
 
     def sharded_state(self) -> Iterator[tuple[str, Tensor]]:
         """`named_state`, with every tensor placed in that of the whole model.
@@ -89,6 +106,20 @@ class ShardOptimizer(Optimizer):
         return next(
             (self.shards[rest] for i in range(len(parts)) if (rest := ".".join(parts[i:])) in self.shards), None
         )
+
+
+def require_host_memory_of_all(needed: int) -> None:
+    """As `require_host_memory`, for what the ranks of a machine need together.
+
+    Called by all ranks before any of them allocates, and all of them fail alike.
+    """
+    everybody: list[tuple[str, int, int]] = [("", 0, 0)] * dist.get_world_size()
+    dist.all_gather_object(everybody, (socket.gethostname(), needed, host_memory_left()))
+    for machine in dict.fromkeys(name for name, _, _ in everybody):
+        here = [(size, left) for name, size, left in everybody if name == machine]
+        together = sum(size for size, _ in here)
+        if together:
+            require_host_memory(together, left=min(left for _, left in here), num_ranks=len(here))
 
 
 class _Locals:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from parallel_ranks import Case, Expected, error_of, one_process, run_rank, run_rank_in_small_formats
+from parallel_ranks import Case, Expected, error_of, masters_of, one_process, run_rank, run_rank_in_small_formats
 from tiny_models import dense_config, hf_model, moe_config, next_config, relative_error, twin_of
 from torch.multiprocessing import start_processes
 
@@ -28,7 +28,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
             0, **COMMON, num_hidden_layers=5, intermediate_size=40, attention_bias=True, tie_word_embeddings=True
         ),
         "estimator": "gspo",
-        "routing": "own",
+        "routing": ("own", "own"),
         "batching": {"max_tokens_per_gpu": 40},
         "tolerance": 1e-6,
     },
@@ -46,7 +46,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
             tie_word_embeddings=False,
         ),
         "estimator": "grpo",
-        "routing": "own",
+        "routing": ("own", "rollout"),
         "batching": {"max_tokens_per_gpu": 40},
         "tolerance": 1e-6,
     },
@@ -71,7 +71,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
             tie_word_embeddings=False,
         ),
         "estimator": "gspo",
-        "routing": "old",
+        "routing": ("old", "old"),
         "batching": {"max_tokens_per_gpu": 40, "recompute_granularity": "full"},
         "tolerance": 5e-5,
     },
@@ -140,11 +140,16 @@ def make_case(family: str, root: Path) -> Case:
     folder = root / one_process(family)
     folder.mkdir()
     trainer.save(folder)
-    if case.routing == "old":
+    if "old" in case.routing:
         now = copy.deepcopy(case.batches[1])
         trainer.log_probs(now)
         moved = [(a.routed_experts != b.routed_experts).any() for a, b in zip(now, second, strict=True)]
         assert any(moved), "the update must change some token's experts, or replaying them changes nothing"
+    own = trainer.log_probs(copy.deepcopy(second))
+    trainer.routing = case.routing[1]
+    if case.routing[1] == "rollout":
+        pairs = zip(trainer.log_probs(second), own, strict=True)
+        assert any((a.log_probs - b.log_probs).abs().max() > 0.01 for a, b in pairs), "replayed experts must matter"
     case.expected.append(take_step(trainer, second))
     for expected in case.expected:
         assert 0 < expected.metrics["train/pg_clipfrac"] < 1, "some ratios must be clipped, and others not"
@@ -190,7 +195,7 @@ def test_every_layout_trains_as_one_process_does(tmp_path: Path, world_size: int
     assert not problems, "\n".join(problems)
 
     for family, case in cases.items():
-        trainer = LocalTrainer(case.model(), **case.trainer_options())
+        trainer = LocalTrainer(case.model(), **case.trainer_options() | {"routing": case.routing[1]})
         batches = case.batches_for(trainer)
         trainer.load(tmp_path / reports[0]["last"][family])
         found = take_step(trainer, batches[1])
@@ -208,6 +213,12 @@ def test_small_formats_references_and_broken_steps_are_shared_by_all_ranks(tmp_p
         trainer = LocalTrainer(case.model().bfloat16(), **case.trainer_options())
         results = [trainer.step(samples) for samples in case.batches_for(trainer)]
         own_errors[family] = [error_of(*pair) for pair in zip(results, case.expected, strict=True)]
+    case = torch.load(tmp_path / "dense.case", weights_only=False)
+    options = case.trainer_options() | {"batching": case.batching_options(backward_order="layer")}
+    trainer = LocalTrainer(case.model().bfloat16(), **options)
+    norm = trainer.step(case.batches[0]).metrics["train/grad_norm"]
+    weights = {name: parameter.detach() for name, parameter in trainer.model.named_parameters()}
+    torch.save({"norm": norm, "masters": masters_of(weights, trainer.optimizer)}, tmp_path / "by_layer.pt")
     launch(run_rank_in_small_formats, 2, tmp_path)
     for report in reports_of(2, tmp_path):
         for name, errors in report["errors"].items():
@@ -219,5 +230,16 @@ def test_small_formats_references_and_broken_steps_are_shared_by_all_ranks(tmp_p
         assert report["reference_is_frozen"]
         assert report["reference_moved"]
         assert not report["policy_is_unchanged"], "else the reference would be frozen whatever it is"
-        assert report["skipped_steps"] == 1.0
-        assert report["is_untouched"], "no rank changes a number when one rank's gradient is not finite"
+        # A micro-batch's bf16 gradients are one process's, and all their sums are fp32: a few roundings of 6e-8 each.
+        assert abs(report["by_layer_norm"] - 1) < 1e-6
+        assert report["by_layer_error"] < 1e-6
+        assert report["num_micro_batches"] > 1
+        assert report["gathers"] == 2 * case.model().config.num_hidden_layers + 1, "and once what is outside layers"
+        enough, twice_too_much, one_has_it_all = report["host_memory"]
+        assert enough is None
+        assert one_has_it_all is None
+        assert "--optimizer-cpu-offload" in twice_too_much, "either rank alone could have its 60 %"
+        assert "for the 2 ranks of a machine" in twice_too_much
+        assert len(report["broken"]) == 6
+        for name, problems in report["broken"].items():
+            assert problems == [], f"{name}: when one rank's gradient is not finite, no rank changes a number"

@@ -57,19 +57,23 @@ def _unregister(tensors: list[Tensor]) -> None:
         torch.cuda.cudart().cudaHostUnregister(tensor.untyped_storage().data_ptr())
 
 
-def require_host_memory(needed: int) -> None:
+def require_host_memory(needed: int, *, left: int | None = None, num_ranks: int = 1) -> None:
     """Stop before the allocation when the machine, or the container's limit, does not leave `needed` bytes.
 
+    Args:
+        left: what is left; by default what this process finds.
+        num_ranks: how many processes need them together.
     Raises:
         OptionError: it does not.
     """
-    left = host_memory_left()
+    left = host_memory_left() if left is None else left
     if needed + RESERVE > left:
+        of_ranks = f" for the {num_ranks} ranks of a machine" if num_ranks > 1 else ""
         raise OptionError(
             "--optimizer-cpu-offload",
-            f"{needed / 2**30:.1f} GiB of pinned host memory",
+            f"{needed / 2**30:.1f} GiB of pinned host memory{of_ranks}",
             f"{left / 2**30:.1f} GiB are left under the memory limit, and {RESERVE / 2**30:.0f} GiB stay free for the "
-            "rest of the process.",
+            "rest of the run.",
             "Keep more of the state on the GPU with a lower --optimizer-offload-fraction, or make it smaller with "
             "--use-precision-aware-optimizer --exp-avg-dtype 8bit --exp-avg-sq-dtype 8bit.",
         )

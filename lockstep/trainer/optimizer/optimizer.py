@@ -146,11 +146,15 @@ class Optimizer:
     def _allocate(self) -> dict[str, State]:
         layouts, devices = self._placement.layouts, {name: p.device for name, p in self.parameters.items()}
         on_host = {name: layouts[name] for name in self._placement.on_host if devices[name].type == "cuda"}
+        self._require_host_memory(sum(layout_bytes(layout) for layout in on_host.values()))
         pinned = self._pin(on_host) if on_host else {}
         return {name: pinned.get(name) or _zeros(layout, devices[name]) for name, layout in layouts.items()}
 
+    def _require_host_memory(self, needed: int) -> None:
+        if needed:
+            require_host_memory(needed)
+
     def _pin(self, layouts: dict[str, Layout]) -> dict[str, State]:
-        require_host_memory(sum(layout_bytes(layout) for layout in layouts.values()))
         device = next(self.parameters[name].device for name in layouts)
         self._pinned = PinnedMemory((entry for layout in layouts.values() for entry in layout.values()), device)
         largest = max(piece_bytes(layout, self.parameters[name].numel()) for name, layout in layouts.items())

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from lockstep.config import OptimizerOptions
-from lockstep.kernels.adamw import state_layout
+from lockstep.kernels.adamw import MomentDtype, state_layout
 
 SMALLEST_OFFLOADED = 2**18
 """Numbers in a weight from which on its state may leave the device; below, a copy costs more than it saves."""
@@ -74,12 +74,19 @@ def place_state(parameters: Mapping[str, Tensor], options: OptimizerOptions) -> 
     layouts = {
         name: {
             key: (shape, dtype)
-            for key, shape, dtype in state_layout(p.shape, p.dtype, options.exp_avg_dtype, options.exp_avg_sq_dtype)
+            for key, shape, dtype in state_layout(
+                p.shape, p.dtype, _format(p, options.exp_avg_dtype), _format(p, options.exp_avg_sq_dtype)
+            )
         }
         for name, p in parameters.items()
     }
     on_host = frozenset(_last_share(parameters, options.optimizer_offload_fraction))
     return Placement(layouts, on_host if options.optimizer_cpu_offload else frozenset())
+
+
+def _format(parameter: Tensor, wanted: MomentDtype) -> MomentDtype:
+    """Vectors keep fp32 in place of 8 bits: they are tiny, and ranks cut them inside the blocks that share a scale."""
+    return "fp32" if wanted == "8bit" and parameter.dim() == 1 else wanted
 
 
 def _last_share(parameters: Mapping[str, Tensor], fraction: float) -> Iterator[str]:

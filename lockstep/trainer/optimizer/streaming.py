@@ -2,6 +2,9 @@
 
 State goes through device buffers in pieces of some rows of a weight. With overlap there are three buffers and three
 streams, so that one piece comes in while another is updated and a third goes out: the link is busy both ways.
+
+Nothing comes in during backward. Without memory of its own that would save the first three pieces' way, some
+milliseconds a step; and memory that could take more of the state early could keep it for good (`place_state`).
 """
 
 from __future__ import annotations

@@ -132,6 +132,20 @@ def test_offload_may_be_dropped_where_the_state_fits() -> None:
     assert not can_drop_offload(offloaded, model, predict(offloaded, model, tight), samples=True)
 
 
+def test_offload_may_be_dropped_where_more_nodes_share_the_state() -> None:
+    """12 bytes for each of 30 billion parameters are 46 GB on each of 8 GPUs, and 11 GB on each of 32."""
+    model, hardware = read_model_config(SHAPES["30B-A3B"]), Hardware.parse("8xA-64G,2T-host")
+
+    def may(num_nodes: int) -> bool:
+        changes = {**EIGHT_RANKS, "optimizer_cpu_offload": True, "recompute_granularity": "full"}
+        offloaded = config(GRPO, **changes, actor_num_nodes=num_nodes, rollout_max_tokens=16384)
+        prediction = predict(offloaded, model, hardware, samples=True)
+        assert prediction.fits
+        return can_drop_offload(offloaded, model, prediction, samples=True)
+
+    assert [may(1), may(4)] == [False, True]
+
+
 def test_the_30b_fits_one_gpu_as_it_was_measured() -> None:
     model = read_model_config(SHAPES["30B-A3B"])
     assert predict(config(ONE_GPU), model, Hardware.parse(ONE_H200), samples=False).fits

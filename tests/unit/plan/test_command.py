@@ -18,6 +18,7 @@ from lockstep.plan.command import has_sampler
 from lockstep.plan.hardware import GIB
 
 PAGE = Path(__file__).parents[3] / "docs" / "memory.md"
+LAYOUTS = PAGE.with_name("parallelism.md")
 
 
 @pytest.fixture
@@ -52,6 +53,32 @@ def test_the_example_of_the_docs_is_what_is_printed(capsys: pytest.CaptureFixtur
     code = main(["plan", "one_gpu.toml", "--hardware", ONE_H200])
     assert capsys.readouterr().out == printed
     assert code == 0
+
+
+def test_the_table_of_layouts_says_what_the_plan_says() -> None:
+    """Model, machine, peaks: each row that predicts something, as its options are planned."""
+    rows = [line.split("|")[1:-1] for line in LAYOUTS.read_text().splitlines() if line.startswith("| Qwen3-")]
+    found = []
+    for model, machine, words, gpu, host in ([cell.strip() for cell in row] for row in rows):
+        if "measured" in gpu:
+            continue
+        sizes = re.findall(r"--([a-z-]+-parallel-size) (\d+)", words)
+        options = (
+            GRPO
+            | {name.replace("-", "_"): int(size) for name, size in sizes}
+            | {"actor_num_gpus_per_node": int(machine[0])}
+        )
+        options |= {"optimizer_cpu_offload": True, "recompute_granularity": "full"}
+        if "8-bit moments" in words:
+            options |= {"overlap_cpu_optimizer_d2h_h2d": True, "use_precision_aware_optimizer": True}
+            options |= {"main_grads_dtype": "bf16", "exp_avg_dtype": "8bit", "exp_avg_sq_dtype": "8bit"}
+        hardware = Hardware.parse(f"{machine.replace(' x ', 'x').replace(' ', '-')},2T-host")
+        planned = predict(Config.from_dict(options), read_model_config(SHAPES[model.removeprefix("Qwen3-")]), hardware)
+        assert planned.fits == ("does not fit" not in gpu), (model, machine)
+        assert f"{planned.gpu_peak / GIB:.0f} GiB" in gpu, (model, machine)
+        assert f"{planned.host_peak / GIB:.0f} GiB" == host, (model, machine)
+        found.append(model)
+    assert len(found) == 5
 
 
 @pytest.mark.usefixtures("models")

@@ -112,9 +112,29 @@ def test_four_fifths_of_what_is_left_beside_the_delta_rules_states_are_keys_and_
     )
     backward = found.phase("backward")
     cache = backward.gpu["KV cache"]
-    others = (backward.tensor_bytes - cache - backward.gpu["recorded routes"]) * 1.031 + backward.gpu["CUDA"]
-    assert cache == pytest.approx(0.8 * (found.hardware.gpu_bytes - others), rel=0.01)
-    assert backward.gpu["delta-rule states"] == 256 * 36 * (4 * 32 * 128 * 128 + 2 * 8192 * 3)
+    states = backward.gpu["delta-rule states"]
+    others = (backward.tensor_bytes - cache - states - backward.gpu["recorded routes"]) * 1.031 + backward.gpu["CUDA"]
+    assert cache + states == pytest.approx(0.8 * (found.hardware.gpu_bytes - others), rel=0.02)
+    running = 2 * found.kv_tokens // 2048
+    slots = running + -(-running // 8) + 1
+    assert running < 256
+    assert states == slots * 36 * (4 * 32 * 128 * 128 + 2 * 8192 * 3)
+
+
+@pytest.mark.parametrize("model", ["30B-A3B", "Next-80B-A3B"])
+def test_on_one_gpu_the_caches_take_what_sampling_leaves_and_training_does_not_see_them(model: str) -> None:
+    offloads = {"optimizer_cpu_offload": True, "use_precision_aware_optimizer": True, "main_grads_dtype": "bf16"}
+    options = GRPO | offloads | {"rollout_batch_size": 256}
+    found = plan(model, options, "1xH200-400G,2T-host", sglang_mem_fraction_static=0.9)
+    caches = ("KV cache", "delta-rule states")
+    rollout, backward = found.phase("rollout"), found.phase("backward")
+    assert not any(name in phase.gpu for phase in (backward, found.phase("optimizer")) for name in caches)
+    assert backward.gpu["graphs of decoding"] == rollout.gpu["graphs of decoding"]
+    assert rollout.gpu["KV cache"] == found.kv_tokens * (96 if model == "30B-A3B" else 24) * 1024
+    assert rollout.gpu_bytes <= found.hardware.gpu_bytes
+    routes = 2 * found.kv_tokens * (48 * 8 if model == "30B-A3B" else 48 * 10)
+    assert backward.host["recorded routes"] == routes
+    assert "recorded routes" not in rollout.gpu
 
 
 def test_micro_batches_are_counted_in_whole_samples() -> None:
@@ -192,6 +212,19 @@ def test_eight_gpus_share_weights_state_and_gradients() -> None:
     assert "gathered weights" not in one.phase("backward").gpu
 
 
+def test_by_layer_a_rank_holds_one_whole_layer_and_its_fp32_gradients() -> None:
+    """Of 128 experts a rank computes with 16 and stores them; all else of a layer is gathered from eight ranks."""
+    ranks = {"actor_num_gpus_per_node": 8, "expert_model_parallel_size": 8, "backward_order": "layer"}
+    backward = plan("30B-A3B", GRPO | ranks, EIGHT_H100, rollout_batch_size=4, samples=False).phase("backward")
+    width, experts, heads, keys = 2048, 16 * 3 * 768 * 2048, 32 * 128, 4 * 128
+    layer = experts + 2 * heads * width + 2 * keys * width + 128 * width + 2 * width + 2 * 128
+    outside = 2 * 151936 * width + width
+    assert backward.moment == "in layer 0", "the sums of all gradients are largest at the end"
+    assert backward.gpu["gathered weights"] == 2 * (layer + outside)
+    assert backward.gpu["gradients of what is being finished"] == 4 * layer
+    assert backward.gpu["layer inputs"] == 2 * width * 4 * 8192, "of its own 4 samples of 32"
+
+
 def test_the_largest_moment_is_the_phase() -> None:
     """Items add up to the phase, phases to the peak."""
     found = plan("Next-80B-A3B", GRPO, EIGHT_H100, actor_num_gpus_per_node=8, expert_model_parallel_size=8)
@@ -203,3 +236,10 @@ def test_the_largest_moment_is_the_phase() -> None:
     assert found.gpu_peak == max(phase.gpu_bytes for phase in found.phases)
     several_steps = plan("Next-80B-A3B", GRPO, EIGHT_H100, num_steps_per_rollout=2)
     assert "log-probs" in [phase.name for phase in several_steps.phases]
+
+
+def test_a_run_without_a_sampler_of_its_own_has_none_of_its_caches() -> None:
+    hybrid = read_model_config(SHAPES["Next-80B-A3B"])
+    found = predict(config(GRPO), hybrid, Hardware.parse(ONE_H200), samples=False)
+    rows = {name for phase in found.phases for name in phase.gpu}
+    assert not rows & {"KV cache", "delta-rule states", "graphs of decoding"}
