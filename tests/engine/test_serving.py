@@ -14,6 +14,7 @@ from tiny_models import random_documents, tiny_dense, tiny_moe, tiny_next
 
 from lockstep.errors import RolloutError
 from lockstep.rollout.embedded import EmbeddedEngine
+from lockstep.rollout.embedded.sequence import Sequence
 from lockstep.rollout.engine import Generation, SamplingParams
 
 
@@ -69,6 +70,60 @@ def test_a_group_computes_its_prompt_once() -> None:
     unshared = serve(make_engine(tiny_moe(), block_size=16), requests)
     assert [g.cached_tokens for g in unshared] == [0] * 6
     assert tokens(unshared) == tokens(generations)
+
+
+def test_a_group_of_a_hybrid_computes_its_prompt_once_and_goes_on_from_a_copy_of_its_state() -> None:
+    model, requests = tiny_next(), group_requests(2, 5)
+    generations = serve(make_engine(model), requests)
+    assert [g.cached_tokens for g in generations] == [0, 8, 8, 8, 8] * 2
+    unshared = serve(make_engine(model, block_size=16), requests)
+    assert [g.cached_tokens for g in unshared] == [0] * 10
+    assert tokens(unshared) == tokens(generations)
+    for shared, alone in zip(generations, unshared, strict=True):
+        torch.testing.assert_close(torch.tensor(shared.log_probs), torch.tensor(alone.log_probs), atol=1e-5, rtol=0)
+        assert shared.routed_experts is not None
+        assert alone.routed_experts is not None
+        assert (shared.routed_experts == alone.routed_experts).all()
+
+
+def test_a_later_turn_of_a_hybrid_finds_the_whole_blocks_of_the_prompt_before() -> None:
+    """The first prompt has 9 tokens, the second 23, in blocks of 4; where a response ended no state is kept."""
+    model = tiny_next()
+    engine = make_engine(model)
+    request, cached = group_requests(1, 1)[0], []
+    for turn in range(3):
+        warm, cold = serve(engine, [request])[0], serve(make_engine(model), [request])[0]
+        cached.append(warm.cached_tokens)
+        assert warm.token_ids == cold.token_ids
+        torch.testing.assert_close(torch.tensor(warm.log_probs), torch.tensor(cold.log_probs), atol=1e-5, rtol=0)
+        request = replace(request, prompt=request.prompt + warm.token_ids + [3, 4], stream=(0, 0, 0, turn + 1))
+    assert cached == [0, 8, 20]
+    engine.set_version(1)
+    assert serve(engine, [request])[0].cached_tokens == 0
+
+
+@pytest.mark.parametrize("model", [tiny_moe(), tiny_next()], ids=["moe", "next"])
+def test_prompts_in_chunks_are_computed_once_and_sampled_alike(model: Any) -> None:
+    """Prompts of 30 and 31 tokens come in chunks of 7 while other samples decode."""
+    requests = group_requests(2, 4, prompt_tokens=30)
+    whole = serve(make_engine(model), requests)
+    engine = make_engine(model, max_prefill_tokens=7)
+    widths, schedule = [], engine.scheduler.schedule
+
+    def watched() -> list[Sequence]:
+        scheduled = schedule()
+        widths.append(sum(s.num_scheduled_tokens for s in scheduled))
+        return scheduled
+
+    engine.scheduler.schedule = watched  # type: ignore[method-assign]
+    chunked = serve(engine, requests)
+    assert max(widths) <= 7 + len(requests)
+    assert tokens(chunked) == tokens(whole)
+    assert [g.cached_tokens for g in chunked] == [0, 28, 28, 28] * 2
+    for one, other in zip(chunked, whole, strict=True):
+        assert one.routed_experts is not None
+        assert other.routed_experts is not None
+        assert (one.routed_experts == other.routed_experts).all()
 
 
 def test_a_second_turn_finds_the_first_one_in_the_cache() -> None:
@@ -152,6 +207,21 @@ def test_a_response_ends_where_a_plain_scan_of_the_free_running_one_says(limits:
     assert len(reasons) == (1 if limits == {"max_new_tokens": 1} else 2)
 
 
+def test_a_stop_string_may_begin_in_what_an_earlier_request_has_written() -> None:
+    engine = make_engine(tiny_dense())
+    free = serve(engine, group_requests(1, 1, max_new_tokens=30))[0].token_ids
+    text, request = letters(free), group_requests(1, 1)[0]
+    stop = text[9:12]
+    assert text.find(stop) == 9
+    rest = Request(
+        request.prompt + free[:10],
+        SamplingParams(max_new_tokens=20, stop=(stop,), continued_tokens=10),
+        request.stream,
+    )
+    generation = serve(engine, [rest])[0]
+    assert (generation.token_ids, generation.finish_reason) == (free[10:12], "stop")
+
+
 class _Bytes:
     """A tokenizer whose tokens are single bytes, as byte-level BPE spells rare characters."""
 
@@ -208,9 +278,9 @@ def ragged_requests(count: int, seed: int) -> list[Request]:
     ]
 
 
-@pytest.mark.parametrize(("model", "count"), [(tiny_moe(num_hidden_layers=2), 2000), (tiny_next(), 400)])
+@pytest.mark.parametrize(("model", "count"), [(tiny_moe(num_hidden_layers=2), 1000), (tiny_next(), 400)])
 def test_ragged_requests_with_aborts_and_preemption_leak_no_block_and_no_slot(model: Any, count: int) -> None:
-    engine = make_engine(model, num_blocks=44, max_running=24, max_prefill_tokens=128)
+    engine = make_engine(model, num_blocks=24, max_running=24, max_prefill_tokens=40)
     requests = ragged_requests(count, seed=0)
     draw = random.Random(1)
 
@@ -230,7 +300,7 @@ def test_ragged_requests_with_aborts_and_preemption_leak_no_block_and_no_slot(mo
         for start in range(0, len(requests), 100):
             calls = [impatient(request) for request in requests[start : start + 100]]
             if start % 500 == 0:
-                asyncio.get_running_loop().call_later(0.02, engine.abort_all)
+                asyncio.get_running_loop().call_later(0.02, engine._abort_all)
             results += await asyncio.gather(*calls)
             await engine.drain()
             engine.set_version(engine.version + 1)  # checks that every block and slot is free
@@ -268,7 +338,7 @@ def test_an_abort_returns_what_was_sampled_so_far() -> None:
     async def abort_midway() -> list[Generation]:
         calls = asyncio.ensure_future(answers(engine, requests))
         await some_tokens(engine)
-        engine.abort_all()
+        await engine.abort_all()
         return await calls
 
     partial = asyncio.run(abort_midway())

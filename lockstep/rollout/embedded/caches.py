@@ -6,15 +6,19 @@ heads, H head dim; of the delta rule: V value heads, J value head dim, C channel
 
 from __future__ import annotations
 
+from math import prod
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from lockstep.kernels.attention import paged_attention
 from lockstep.kernels.causal_conv import causal_conv, causal_conv_step
 from lockstep.kernels.gated_delta_rule import gated_delta_rule, gated_delta_step
 from lockstep.kernels.packed import PackedDocuments
+from lockstep.kernels.paged_attention import paged_attention
 from lockstep.models import LanguageModel, ModelConfig, Qwen3NextConfig
+from lockstep.rollout.embedded.address_range import AddressRange
+from lockstep.rollout.embedded.block_manager import num_snapshots
 from lockstep.rollout.embedded.sequence import Sequence
 
 
@@ -25,12 +29,35 @@ class Caches:
     def __init__(self, model: LanguageModel, *, num_blocks: int, block_size: int, num_state_slots: int) -> None:
         config, weight = model.config, model.lm_head.weight
         self.block_size = block_size
-        shape = (2, config.num_key_value_heads, num_blocks, block_size, config.head_dim)
-        self.kv = weight.new_zeros((config.num_attention_layers, *shape))
         conv_shape, delta_shape = state_shapes(config)
         slots = (config.num_delta_layers, num_state_slots if config.num_delta_layers else 0)
-        self.conv = weight.new_zeros((*slots, *conv_shape))
-        self.delta = weight.new_zeros((*slots, *delta_shape), dtype=torch.float32)
+        kv_shape = (config.num_attention_layers, 2, config.num_key_value_heads, num_blocks, block_size, config.head_dim)
+        sizes = [
+            _padded(prod(kv_shape) * weight.element_size()),
+            _padded(prod((*slots, *conv_shape)) * weight.element_size()),
+            prod((*slots, *delta_shape)) * 4,
+        ]
+        self.memory = AddressRange(sum(sizes), weight.device)
+        parts = self.memory.data.split(sizes)
+        self.kv = _view(parts[0], kv_shape, weight.dtype)
+        self.conv = _view(parts[1], (*slots, *conv_shape), weight.dtype)
+        self.delta = _view(parts[2], (*slots, *delta_shape), torch.float32)
+
+    def copy_states(self, sources: list[int], targets: list[int]) -> None:
+        """Copy states of sequences between slots; no slot may be in both lists."""
+        if sources:
+            source_ids, target_ids = (torch.tensor(ids, device=self.kv.device) for ids in (sources, targets))
+            for pool in (self.conv, self.delta):
+                pool.index_copy_(1, target_ids, pool[:, source_ids])
+
+
+def _padded(num_bytes: int) -> int:
+    """So that what comes next is aligned for every kernel."""
+    return -(-num_bytes // 256) * 256
+
+
+def _view(memory: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return memory[: prod(shape) * dtype.itemsize].view(dtype).view(shape)
 
 
 def state_shapes(config: ModelConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -55,6 +82,12 @@ def bytes_per_sequence(config: ModelConfig, element_size: int) -> int:
     return config.num_delta_layers * (conv * element_size + delta * 4)
 
 
+def bytes_of_states(config: ModelConfig, element_size: int, max_running: int) -> int:
+    """Of all slots that so many running sequences need, those for states that are kept for sharing included."""
+    num_slots = max_running + num_snapshots(max_running) + 1
+    return num_slots * bytes_per_sequence(config, element_size)
+
+
 class CachedDocuments:
     """`TokenMixer` over the uncomputed tokens of some sequences; index tables are built once for all layers.
 
@@ -67,7 +100,7 @@ class CachedDocuments:
         block_size = caches.block_size
         device, dtype = caches.kv.device, caches.kv.dtype
         starts = np.array([s.num_computed_tokens for s in sequences])
-        ends = np.array([len(s.tokens) for s in sequences])
+        ends = starts + np.array([s.num_scheduled_tokens for s in sequences])
         self.new_lengths: list[int] = (ends - starts).tolist()
         self.has_context = bool(starts.any())
         self.is_decode = self.has_context and max(self.new_lengths) == 1
@@ -75,10 +108,11 @@ class CachedDocuments:
         for row, sequence in enumerate(sequences):
             tables[row, : len(sequence.block_table)] = sequence.block_table
         if max(self.new_lengths) == 1:
-            input_ids = [s.tokens[-1] for s in sequences]
+            input_ids = [s.tokens[s.num_computed_tokens] for s in sequences]
             positions, rows = starts, np.arange(len(sequences))
         else:
-            input_ids = [t for s in sequences for t in s.tokens[s.num_computed_tokens :]]
+            spans = zip(sequences, starts, ends, strict=True)
+            input_ids = [token for s, start, end in spans for token in s.tokens[start:end]]
             positions = np.concatenate([np.arange(a, b) for a, b in zip(starts, ends, strict=True)])
             rows = np.repeat(np.arange(len(sequences)), self.new_lengths)
         self.input_ids = torch.tensor(input_ids).to(device)

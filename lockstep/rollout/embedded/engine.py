@@ -12,12 +12,13 @@ from collections.abc import Sequence as Tokens
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import torch
 
 from lockstep.models import LanguageModel
 from lockstep.parallel.decode import Peers
 from lockstep.rollout.embedded.block_manager import BlockManager
-from lockstep.rollout.embedded.runner import ModelRunner
+from lockstep.rollout.embedded.choose import make_runner
 from lockstep.rollout.embedded.sampler import stream_key
 from lockstep.rollout.embedded.scheduler import Scheduler
 from lockstep.rollout.embedded.sequence import Sequence
@@ -39,6 +40,8 @@ class EmbeddedEngine:
         seed: the run's sampling seed; joins every stream key.
         peers: ranks that step at the same time as this one, see `ModelRunner`. They need the one who steps to agree on
             when, so `generate` is not for them.
+        graph_sizes: on a GPU, batch sizes of decoding that are captured as CUDA graphs; by default
+            `default_sizes`. None captures nothing.
     """
 
     def __init__(
@@ -52,12 +55,18 @@ class EmbeddedEngine:
         decode_text: Callable[[list[int]], str],
         seed: int,
         peers: Peers | None = None,
+        graph_sizes: Tokens[int] | None = (),
     ) -> None:
         num_state_slots = max_running if model.config.num_delta_layers else 0
         self.blocks = BlockManager(num_blocks, block_size, num_state_slots=num_state_slots)
         self.scheduler = Scheduler(self.blocks, max_running=max_running, max_prefill_tokens=max_prefill_tokens)
-        self.runner = ModelRunner(
-            model, num_blocks=num_blocks, block_size=block_size, max_running=max_running, peers=peers
+        self.runner = make_runner(
+            model,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            max_running=max_running,
+            peers=peers,
+            graph_sizes=graph_sizes,
         )
         self.seed = seed
         self.version = 0
@@ -70,8 +79,20 @@ class EmbeddedEngine:
             1, "engine", initializer=torch.set_num_threads, initargs=(_num_threads(model),)
         )
 
-    async def generate(self, input_ids: Tokens[int], params: SamplingParams, stream: tuple[int, ...]) -> Generation:
+    async def generate(
+        self,
+        input_ids: Tokens[int],
+        params: SamplingParams,
+        stream: tuple[int, ...],
+        on_token: Callable[[int, float], None] | None = None,
+    ) -> Generation:
+        """As the protocol says.
+
+        Args:
+            on_token: called on the engine's thread with every new token and its log-prob.
+        """
         sequence = self.sequence(input_ids, params, stream)
+        sequence.on_token = on_token
         sequence.future = asyncio.get_running_loop().create_future()
         self._inbox.append(sequence)
         self._unanswered.add(sequence)
@@ -84,7 +105,8 @@ class EmbeddedEngine:
             raise
 
     def sequence(self, input_ids: Tokens[int], params: SamplingParams, stream: tuple[int, ...]) -> Sequence:
-        return Sequence(list(input_ids), params, stream, stream_key(self.seed, *stream))
+        seeds = (self.seed, *stream) if params.sampling_seed is None else (params.sampling_seed,)
+        return Sequence(list(input_ids), params, stream, stream_key(*seeds))
 
     def add(self, sequence: Sequence) -> None:
         self.scheduler.add(sequence)
@@ -94,12 +116,18 @@ class EmbeddedEngine:
         return bool(self.scheduler.waiting or self.scheduler.running)
 
     def step(self) -> list[Sequence]:
-        """One forward pass; returns the sequences that finished, each with its `generation`."""
+        """One forward pass; returns the sequences that finished, each with its `generation`.
+
+        The runner may hand out the tokens of a pass one call later: then a sequence that has ended may be in a batch
+        once more, and the runner drops what comes of that.
+        """
         scheduled = self.scheduler.schedule()
-        self.runner.run(scheduled)
         finished = []
-        for sequence in scheduled:
+        for sequence in self.runner.run(scheduled):
             sequence.weight_versions.append(str(self.version))
+            sequence.has_routes = True
+            if sequence.on_token is not None:
+                sequence.on_token(sequence.tokens[-1], sequence.log_probs[-1])
             reason = self._finish_reason(sequence)
             if reason is not None:
                 self._finish(sequence, reason)
@@ -120,18 +148,33 @@ class EmbeddedEngine:
             finished = self.step()
         return finished
 
-    def abort_all(self) -> None:
-        """End every request with what it has, after the step that is running; call it from the event loop."""
+    async def abort_all(self) -> None:
+        """As the protocol says, after the step that is running."""
+        self._abort_all()
+
+    def _abort_all(self) -> None:
         for sequence in self._unanswered:
             sequence.finish_reason = "abort"
 
     async def drain(self) -> None:
         while self._driver is not None and not self._driver.done():
             await asyncio.wait([self._driver])
+        if not self.has_work:
+            self.release_memory()
+
+    def release_memory(self) -> None:
+        """Leave the caches' memory to training, where it can be taken back at the same addresses: the next step does.
+
+        Nothing may be under way. Weights and captured graphs stay where they are; shared prefixes are forgotten.
+        """
+        self.runner.forget_pending()
+        if self.runner.release_memory():
+            self.blocks.forget_prefixes()
 
     def set_version(self, version: int) -> None:
         assert not self.has_work, "weights must not change under running sequences"
         self.version = version
+        self.runner.forget_pending()
         self.blocks.check_integrity()
         self.blocks.forget_prefixes()
 
@@ -160,7 +203,7 @@ class EmbeddedEngine:
         try:
             return await asyncio.shield(step)
         except asyncio.CancelledError:
-            self.abort_all()
+            self._abort_all()
             await asyncio.wait([step])  # it works on the scheduler's lists, which the caller is about to empty
             raise
 
@@ -170,6 +213,7 @@ class EmbeddedEngine:
             self._answer(sequence, error)
         self._inbox.clear()
         unfinished = [*self.scheduler.running, *self.scheduler.waiting]
+        self.runner.forget_pending()
         for sequence in unfinished:
             self.scheduler.finish(sequence)
         if unfinished:
@@ -200,7 +244,8 @@ class EmbeddedEngine:
             if params.stop:
                 # A stop string ends in the newest token, and every token adds at least one byte of text.
                 reach = max(len(stop.encode()) for stop in params.stop)
-                tail = self._decode_text(sequence.new_tokens[-reach:])
+                first = len(sequence.prompt) - params.continued_tokens
+                tail = self._decode_text(sequence.tokens[max(first, len(sequence.tokens) - reach) :])
                 if any(stop in tail for stop in params.stop):
                     return "stop"
         return "length" if sequence.num_new_tokens >= params.max_new_tokens else None
@@ -210,15 +255,19 @@ class EmbeddedEngine:
         sequence.finish_reason = reason
         sequence.generation = Generation(
             token_ids=sequence.new_tokens,
-            log_probs=sequence.log_probs,
+            log_probs=list(sequence.log_probs),
             finish_reason=reason,
-            weight_versions=sequence.weight_versions,
-            kept_token_ids=[t for ids in sequence.kept for t in ids] if cuts else None,
+            weight_versions=list(sequence.weight_versions),
+            kept_token_ids=_joined(sequence.kept) if cuts else None,
             kept_token_offsets=sequence.kept_offsets() if cuts else None,
-            routed_experts=self.runner.routed_experts_of(sequence) if sequence.block_table else None,
+            routed_experts=self.runner.routed_experts_of(sequence) if sequence.has_routes else None,
             cached_tokens=sequence.cached_tokens,
         )
         self.scheduler.finish(sequence)
+
+
+def _joined(kept: list[np.ndarray]) -> list[int]:
+    return np.concatenate(kept).tolist() if kept else []
 
 
 async def settle() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -54,8 +55,16 @@ def stream_uniform(keys_B: Tensor, positions_B: Tensor) -> Tensor:
 class Sampled:
     tokens_B: Tensor
     log_probs_B: Tensor
-    is_kept_BV: Tensor | None
-    """Which tokens were allowed; None when no row was cut."""
+    order_BV: Tensor | None = None
+    """Token ids from the likeliest down; None when no row was cut."""
+    num_kept_B: Tensor | None = None
+    """How many of them were allowed."""
+
+    def kept_ids(self, counts: list[int]) -> list[np.ndarray]:
+        """The allowed ids of each row, rising, int32. `counts` is what `num_kept_B` holds."""
+        assert self.order_BV is not None, "no row was cut"
+        ids = self.order_BV[: len(counts), : max(counts)].to("cpu", torch.int32).numpy()
+        return [np.sort(row[:count]) for row, count in zip(ids, counts, strict=True)]
 
 
 def sample(
@@ -81,10 +90,12 @@ def sample(
     policy_logits_BV = logits_BV = logits_BV.float() / temperatures_B[:, None]
     if is_forbidden_BV is not None:
         logits_BV = logits_BV.masked_fill(is_forbidden_BV, float("-inf"))
-    is_kept_BV = None
+    order_BV = num_kept_B = None
     if top_p_B is not None and top_k_B is not None:
-        is_kept_BV = kept_tokens(logits_BV.softmax(-1), top_p_B, top_k_B)
-        logits_BV = logits_BV.masked_fill(~is_kept_BV, float("-inf"))
+        order_BV, num_kept_B = kept_tokens(logits_BV.softmax(-1), top_p_B, top_k_B)
+        is_cut_sorted = torch.arange(logits_BV.shape[1], device=logits_BV.device) >= num_kept_B[:, None]
+        is_cut_BV = torch.empty_like(is_cut_sorted).scatter_(1, order_BV, is_cut_sorted)
+        logits_BV = logits_BV.masked_fill(is_cut_BV, float("-inf"))
     log_probs_BV = logits_BV.log_softmax(-1)
     cumulative_BV = log_probs_BV.double().exp_().cumsum_(-1)
     thresholds_B1 = (uniforms_B * cumulative_BV[:, -1])[:, None]
@@ -98,19 +109,19 @@ def sample(
         of_policy_B = policy_logits_BV.log_softmax(-1).gather(1, tokens_B[:, None]).squeeze(1)
         is_cut_B = False if top_p_B is None or top_k_B is None else (top_p_B < 1) | (top_k_B > 0)
         log_probs_B = torch.where(torch.as_tensor(is_cut_B, device=logits_BV.device), log_probs_B, of_policy_B)
-    return Sampled(tokens_B, log_probs_B, is_kept_BV)
+    return Sampled(tokens_B, log_probs_B, order_BV, num_kept_B)
 
 
-def kept_tokens(probs_BV: Tensor, top_p_B: Tensor, top_k_B: Tensor) -> Tensor:
+def kept_tokens(probs_BV: Tensor, top_p_B: Tensor, top_k_B: Tensor) -> tuple[Tensor, Tensor]:
     """The smallest set of most probable tokens whose mass reaches top_p, within the top_k most probable.
 
     The most probable token is always kept.
+
+    Returns:
+        token ids from the most probable down [B, V], and how many of them are kept [B].
     """
-    sorted_probs, order = probs_BV.sort(dim=-1, descending=True, stable=True)
+    sorted_probs, order_BV = probs_BV.sort(dim=-1, descending=True, stable=True)
     mass_before = sorted_probs.double().cumsum(-1) - sorted_probs
-    ranks = torch.arange(probs_BV.shape[1], device=probs_BV.device)
-    limits = torch.where(top_k_B > 0, top_k_B, probs_BV.shape[1])
     has_mass = (mass_before < top_p_B[:, None]) | (top_p_B >= 1)[:, None]
-    kept_sorted = has_mass & (ranks < limits[:, None])
-    kept_sorted[:, 0] = True
-    return torch.zeros_like(kept_sorted).scatter_(1, order, kept_sorted)
+    limits_B = torch.where(top_k_B > 0, top_k_B, probs_BV.shape[1])
+    return order_BV, has_mass.sum(-1).minimum(limits_B).clamp(min=1)

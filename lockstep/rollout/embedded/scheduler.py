@@ -10,8 +10,15 @@ from lockstep.rollout.embedded.sequence import Sequence
 
 
 class Scheduler:
-    """Prefill first, then decode. Waiting sequences are admitted in the order of their stream keys (group, sample), so
-    that a batch's composition does not depend on which request arrived a microsecond earlier."""
+    """Every pass decodes all running sequences and fills up with prompts, of which a long one comes in chunks.
+
+    Stream keys (group, sample) are the priorities: the first in line is admitted first and gives way last, so that a
+    batch's composition does not depend on which request arrived a microsecond earlier, and the first of all always
+    goes on: nobody starves.
+
+    Args:
+        max_prefill_tokens: tokens of prompts in one pass.
+    """
 
     def __init__(self, blocks: BlockManager, *, max_running: int, max_prefill_tokens: int) -> None:
         self.blocks = blocks
@@ -19,6 +26,7 @@ class Scheduler:
         self.max_prefill_tokens = max_prefill_tokens
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
+        """In the order of their streams, like those that wait."""
         self.num_preemptions = 0
 
     def add(self, sequence: Sequence) -> None:
@@ -46,38 +54,23 @@ class Scheduler:
                 f"{sequence.params.max_new_tokens}), more than the whole cache holds.",
                 "Raise it, or lower --rollout-max-response-len.",
             )
-        bisect.insort(self.waiting, sequence, key=lambda s: s.stream)
+        _insert(self.waiting, sequence)
 
     def schedule(self) -> list[Sequence]:
-        """The sequences of the next forward pass: either new ones to prefill, or all running ones to decode."""
-        # prefill
-        admitted: list[Sequence] = []
+        """The sequences of the next pass, each with its `num_scheduled_tokens`.
+
+        Those that decode come first, then prompts, which may share blocks that one before them is filling.
+        """
+        self.blocks.begin_pass()
+        preemptions_before = self.num_preemptions
+        scheduled = self._decoding()
         budget = self.max_prefill_tokens
-        while self.waiting and len(self.running) + len(admitted) < self.max_running:
-            sequence = self.waiting[0]
-            if admitted and len(sequence.tokens) > budget:
-                break
-            if not self.blocks.allocate(sequence):
-                break
-            budget -= sequence.num_uncomputed_tokens
-            if sequence.num_new_tokens == 0:
-                sequence.cached_tokens = sequence.num_computed_tokens
-            admitted.append(self.waiting.pop(0))
-        if admitted:
-            self.running += admitted
-            return admitted
-        # decode
-        scheduled: list[Sequence] = []
-        for sequence in list(self.running):
-            if sequence not in self.running:
-                continue
-            while not self.blocks.grow(sequence):
-                victim = self.running[-1]
-                self._preempt(victim)
-                if victim is sequence:
-                    break
-            else:
+        for sequence in self.running:
+            if sequence.num_uncomputed_tokens > 1 and budget:
+                budget -= self._schedule_chunk(sequence, budget)
                 scheduled.append(sequence)
+        if self.num_preemptions == preemptions_before:
+            scheduled += self._admitted(budget)
         return scheduled
 
     def finish(self, sequence: Sequence) -> None:
@@ -88,9 +81,63 @@ class Scheduler:
         else:
             self.waiting.remove(sequence)
 
+    def _decoding(self) -> list[Sequence]:
+        """Sequences with one token to compute, and with room for it: the last in line make it for the first."""
+        scheduled: list[Sequence] = []
+        for sequence in list(self.running):
+            is_ending = sequence.num_new_tokens + sequence.num_pending_tokens >= sequence.params.max_new_tokens
+            if sequence.num_uncomputed_tokens != 1 or is_ending or not sequence.block_table:
+                continue  # a prompt, ended but not read yet, or just sent back
+            while not self.blocks.grow(sequence):
+                victim = self.running[-1]
+                self._preempt(victim)
+                if victim is sequence:
+                    break
+            else:
+                sequence.num_scheduled_tokens = 1
+                self.blocks.key_full_blocks(sequence)
+                scheduled.append(sequence)
+        return scheduled
+
+    def _admitted(self, budget: int) -> list[Sequence]:
+        """Waiting sequences that begin. Each leaves a block for every running one, or it would soon be the next to
+        give way."""
+        admitted: list[Sequence] = []
+        position = 0
+        while budget and position < len(self.waiting) and len(self.running) < self.max_running:
+            sequence = self.waiting[position]
+            if sequence.num_pending_tokens or self.blocks.shares_more_soon(sequence):
+                position += 1
+                continue
+            if not self.blocks.allocate(sequence, spare=len(self.running)):
+                break
+            del self.waiting[position]
+            _insert(self.running, sequence)
+            if sequence.num_new_tokens == 0:
+                sequence.cached_tokens = sequence.num_computed_tokens
+            budget -= self._schedule_chunk(sequence, budget)
+            admitted.append(sequence)
+        return admitted
+
+    def _schedule_chunk(self, sequence: Sequence, budget: int) -> int:
+        """As many tokens as there are, within the budget; where a state is worth keeping, the chunk ends there."""
+        done = sequence.num_computed_tokens
+        end = min(sequence.length, done + budget)
+        border = self.blocks.shareable_tokens(sequence)
+        keeps_state = done < border <= end and self.blocks.can_keep_state
+        sequence.num_scheduled_tokens = (border if keeps_state else end) - done
+        self.blocks.key_full_blocks(sequence)
+        if keeps_state:
+            self.blocks.keep_state(sequence)
+        return sequence.num_scheduled_tokens
+
     def _preempt(self, sequence: Sequence) -> None:
-        """Send the youngest back to the queue; its tokens stay, their keys and values are computed again."""
+        """Send one back to the queue; its tokens stay, their keys and values are computed again."""
         self.running.remove(sequence)
         self.blocks.release(sequence)
         self.num_preemptions += 1
-        bisect.insort(self.waiting, sequence, key=lambda s: s.stream)
+        _insert(self.waiting, sequence)
+
+
+def _insert(line: list[Sequence], sequence: Sequence) -> None:
+    bisect.insort(line, sequence, key=lambda s: s.stream)

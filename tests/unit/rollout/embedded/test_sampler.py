@@ -90,10 +90,15 @@ def numpy_kept(probs: np.ndarray, top_p: float, top_k: int) -> np.ndarray:
     return kept if top_p < 1 or top_k > 0 else np.ones(len(probs), dtype=bool)
 
 
+def as_mask(order_BV: torch.Tensor, num_kept_B: torch.Tensor) -> torch.Tensor:
+    ranks = torch.arange(order_BV.shape[1])
+    return torch.zeros_like(order_BV, dtype=torch.bool).scatter_(1, order_BV, ranks < num_kept_B[:, None])
+
+
 @given(st.integers(0, 2**32 - 1), st.floats(0.01, 1.0), st.integers(-1, 12).filter(lambda k: k != 0))
 def test_kept_tokens_are_numpys(seed: int, top_p: float, top_k: int) -> None:
     probs = torch.softmax(3 * torch.randn(4, 10, generator=torch.Generator().manual_seed(seed)), -1)
-    got = kept_tokens(probs, torch.full((4,), top_p, dtype=torch.float64), torch.full((4,), top_k))
+    got = as_mask(*kept_tokens(probs, torch.full((4,), top_p, dtype=torch.float64), torch.full((4,), top_k)))
     for row in range(4):
         cumulative = np.sort(probs[row].numpy().astype(np.float64))[::-1].cumsum()
         if np.abs(cumulative - top_p).min() < 1e-9:
@@ -103,7 +108,7 @@ def test_kept_tokens_are_numpys(seed: int, top_p: float, top_k: int) -> None:
 
 def test_top_p_of_one_keeps_tokens_whose_probability_vanishes_in_rounding() -> None:
     probs = torch.softmax(torch.tensor([[40.0, 39.0, 0.0, -40.0]]), -1)
-    assert kept_tokens(probs, torch.ones(1, dtype=torch.float64), torch.tensor([-1])).all()
+    assert as_mask(*kept_tokens(probs, torch.ones(1, dtype=torch.float64), torch.tensor([-1]))).all()
 
 
 def test_temperature_zero_takes_the_largest_logit_and_reports_its_log_prob_at_temperature_one() -> None:
@@ -139,8 +144,8 @@ def test_forbidden_tokens_are_never_drawn_and_the_log_prob_stays_the_policys() -
         top_p_B=torch.tensor([0.5, 1.0], dtype=torch.float64),
         top_k_B=torch.tensor([-1, -1]),
     )
-    assert cut.is_kept_BV is not None
-    assert cut.is_kept_BV[0].tolist() == [False, True, False, False]
+    assert cut.num_kept_B is not None
+    assert [ids.tolist() for ids in cut.kept_ids(cut.num_kept_B.tolist())] == [[1], [0, 1, 2, 3]]
     assert cut.log_probs_B[0] == 0
     torch.testing.assert_close(cut.log_probs_B[1], logits[0].log_softmax(-1)[cut.tokens_B[1]])
 
