@@ -28,6 +28,10 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     min_new_tokens: int = 0
+    sampling_seed: int | None = None
+    """Draw from the stream of this number, whatever the request's own: equal requests get equal responses."""
+    continued_tokens: int = 0
+    """Last tokens of the input that belong to the response: a stop string may begin in them."""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SamplingParams:
@@ -81,6 +85,10 @@ class RolloutEngine(Protocol):
 
     async def generate(self, input_ids: Sequence[int], params: SamplingParams, stream: tuple[int, ...]) -> Generation:
         """Sample one response. Equal `stream` keys draw equal random numbers, whatever runs beside them."""
+        ...
+
+    async def abort_all(self) -> None:
+        """End every request with what it has: their callers get partial responses, which ended by "abort"."""
         ...
 
     async def drain(self) -> None:

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import groupby
 from numbers import Real
 from typing import Any
@@ -65,6 +66,8 @@ class _Round:
     counts: Counter[str] = field(default_factory=Counter)
     first_failure: str = ""
     """Why the first reward failed that did."""
+    begun: list[Group] = field(default_factory=list)
+    """Interrupted, or complete but too late to be needed: the next round goes on with them."""
 
     def count_rewards(self, outcomes: list[RewardOutcome]) -> None:
         """Of groups that are judged, not in the pool: it also knows those that just had time enough before the cut."""
@@ -82,12 +85,13 @@ async def generate_rollout(
     if evaluation:
         return await _evaluate(args, rollout_id, context)
     set_current_policy(context.policy.for_stream(0, rollout_id))
+    run_round = _run_interrupted_round if args.partial_rollout else _run_round
     state = _Round()
     started = time.perf_counter()
     empty_rounds = 0
     while len(state.kept) < args.rollout_batch_size:
         kept_before = len(state.kept)
-        await _run_round(args, rollout_id, data_source, context, state)
+        await run_round(args, rollout_id, data_source, context, state)
         while state.spare and len(state.kept) < args.rollout_batch_size:
             state.kept.append(state.spare.pop(0))
         empty_rounds = 0 if len(state.kept) > kept_before else empty_rounds + 1
@@ -100,6 +104,8 @@ async def generate_rollout(
                 f"{f', and a reward failed: {state.first_failure}' if state.first_failure else ''}.",
                 "Look at the dynamic sampling filter, the reward and --reward-failure-policy.",
             )
+    if args.partial_rollout:
+        _keep_for_later(rollout_id, data_source, state)
     if state.first_failure:
         logger.warning("Rewards of rollout %d failed, the first with: %s", rollout_id, state.first_failure)
     if context.hooks.sample_filter is not None:
@@ -137,6 +143,64 @@ async def _run_round(args: Any, rollout_id: int, data_source: Any, context: Roll
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
+async def _run_interrupted_round(
+    args: Any, rollout_id: int, data_source: Any, context: RolloutContext, state: _Round
+) -> None:
+    """Go on with interrupted groups and new ones until as many as are missing are complete; interrupt the others.
+
+    Which ones are complete follows from the order in which the engine ends them, never from the time that rewards take.
+    """
+    missing = args.rollout_batch_size - len(state.kept)
+    groups, state.begun = state.begun, []
+    while len(groups) < missing:
+        drawn: list[Group] = data_source.get_samples(args.over_sampling_batch_size)
+        state.counts["prompts_drawn"] += len(drawn)
+        _take_up(args, drawn, state)
+        groups += drawn
+    policy = current_policy().interruptible()
+    set_current_policy(policy)
+    complete: list[int] = []
+    interrupting: list[asyncio.Task[None]] = []
+
+    def on_generated(position: int) -> None:
+        complete.append(position)
+        if len(complete) == missing:
+            interrupting.append(asyncio.create_task(policy.interrupt()))
+
+    results = await _gather(
+        [
+            _finish_group(
+                args, group, rollout_id, context, context.sampling_params, on_generated=partial(on_generated, position)
+            )
+            for position, group in enumerate(groups)
+        ]
+    )
+    await asyncio.gather(*interrupting)
+    for position in complete[:missing]:
+        group, outcomes = results[position]
+        state.count_rewards(outcomes)
+        _judge(args, group, context.hooks, state)
+    state.begun = [group for position, (group, _) in enumerate(results) if position not in complete[:missing]]
+
+
+def _take_up(args: Any, groups: list[Group], state: _Round) -> None:
+    """Count what earlier rollouts have written, and hide it from the loss where that is asked for."""
+    continued = [sample for group in groups for sample in group if sample.response_length]
+    state.counts["samples_continued"] += len(continued)
+    if args.mask_offpolicy_in_partial_rollout:
+        for sample in continued:
+            sample.loss_mask = [0] * sample.response_length
+
+
+def _keep_for_later(rollout_id: int, data_source: Any, state: _Round) -> None:
+    begun = [sample for group in state.begun for sample in group if sample.response_length]
+    for sample in begun:
+        sample.metadata.setdefault("start_rollout_id", rollout_id)
+    state.counts["prompts_deferred"] += len(state.begun)
+    state.counts["samples_deferred"] += len(begun)
+    data_source.add_samples(state.begun)
+
+
 def _judge(args: Any, group: Group, hooks: RolloutHooks, state: _Round) -> None:
     scored = [sample for sample in group if sample.reward is not None]
     needs_group = not args.disable_rewards_normalization
@@ -162,14 +226,32 @@ async def _finish_group(
     sampling_params: dict[str, Any],
     *,
     evaluation: bool = False,
+    on_generated: Callable[[], None] = lambda: None,
 ) -> tuple[Group, list[RewardOutcome]]:
-    """Generate and score every sample of a group; samples whose reward was dropped keep the reward None."""
+    """Generate and score every sample of a group; samples whose reward was dropped keep the reward None.
+
+    Args:
+        on_generated: called when the last sample is written, before it is scored; never if one was interrupted.
+    """
+    missing = len(group)
+
+    def on_sample_generated() -> None:
+        nonlocal missing
+        missing -= 1
+        if missing == 0:
+            on_generated()
+
     finished = await _gather(
-        [_finish_sample(args, s, rollout_id, context, sampling_params, evaluation=evaluation) for s in group]
+        [
+            _finish_sample(
+                args, s, rollout_id, context, sampling_params, evaluation=evaluation, on_generated=on_sample_generated
+            )
+            for s in group
+        ]
     )
     samples = [sample for siblings, _ in finished for sample in siblings]
     outcomes = [outcome for _, outcomes in finished for outcome in outcomes]
-    if args.group_rm:
+    if args.group_rm and not any(_is_interrupted(sample) for sample in samples):
         outcomes = await context.rewards.score_group(samples, evaluation=evaluation)
     for sample in samples:
         _require_number(sample, _reward_value(args, sample, evaluation=evaluation))
@@ -184,11 +266,19 @@ async def _finish_sample(
     sampling_params: dict[str, Any],
     *,
     evaluation: bool,
+    on_generated: Callable[[], None],
 ) -> tuple[list[Sample], list[RewardOutcome]]:
-    siblings = await _call_generate(args, sample, context.hooks, dict(sampling_params), evaluation)
-    siblings = [
-        await context.hooks.before_reward(args, s, rollout_id=rollout_id, evaluation=evaluation) for s in siblings
-    ]
+    if args.partial_rollout and not evaluation and _is_written(sample):
+        on_generated()  # in an earlier round
+        siblings = [sample]
+    else:
+        siblings = await _call_generate(args, sample, context.hooks, dict(sampling_params), evaluation)
+        if any(_is_interrupted(s) for s in siblings):
+            return siblings, []
+        on_generated()
+        siblings = [
+            await context.hooks.before_reward(args, s, rollout_id=rollout_id, evaluation=evaluation) for s in siblings
+        ]
     outcomes: list[RewardOutcome] = []
     if not args.group_rm:
         unscored = [s for s in siblings if s.reward is None]
@@ -221,10 +311,20 @@ async def _call_generate(
 
 
 async def generate(args: Any, sample: Sample, sampling_params: dict[str, Any], evaluation: bool = False) -> Sample:
-    """Single turn: the prompt, then one response."""
+    """Single turn: the prompt, then one response, or the rest of one that an earlier rollout began."""
     policy = current_policy()
     policy.start(sample)
+    begun = sample.response_length
+    if begun >= sampling_params["max_new_tokens"]:
+        sample.status = Sample.Status.TRUNCATED
+        return sample
+    if begun:
+        rest = {"max_new_tokens": sampling_params["max_new_tokens"] - begun, "continued_tokens": begun}
+        rest["min_new_tokens"] = max(0, sampling_params.get("min_new_tokens", 0) - begun)
+        sampling_params = sampling_params | rest
     await policy.extend(sample, sampling_params)
+    if begun:
+        sample.response = policy.text(sample.tokens[-sample.response_length :])
     return sample
 
 
@@ -249,6 +349,15 @@ async def _evaluate(args: Any, rollout_id: int, context: RolloutContext) -> Roll
             "samples": samples,
         }
     return RolloutFnEvalOutput(data, eval_metrics(data, args))
+
+
+def _is_interrupted(sample: Sample) -> bool:
+    return sample.status is Sample.Status.ABORTED
+
+
+def _is_written(sample: Sample) -> bool:
+    """Whether its response is whole: only its group has to go on."""
+    return sample.response_length > 0 and sample.status in (Sample.Status.COMPLETED, Sample.Status.TRUNCATED)
 
 
 def _reward_value(args: Any, sample: Sample, *, evaluation: bool) -> Any:

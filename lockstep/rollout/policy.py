@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import Mapping
 from contextvars import ContextVar
@@ -35,6 +36,13 @@ def set_current_policy(policy: Policy) -> None:
     _CURRENT.set(policy)
 
 
+@dataclass
+class Interruption:
+    """Whether a rollout has enough: then nothing new is sampled, and what is under way comes back as it is."""
+
+    is_asked: bool = False
+
+
 @dataclass(frozen=True)
 class Policy:
     """An engine with its tokenizer and limits, under the name space of one rollout's random streams."""
@@ -51,8 +59,21 @@ class Policy:
     drawn: Counter[tuple[int, ...]] = field(default_factory=Counter)
     """How often each sample was extended from each length: branches of one sample get random numbers of their own."""
 
+    interruption: Interruption = field(default_factory=Interruption)
+    url: str | None = None
+    """Where the same weights answer over HTTP, if they do (`--sglang-router-port`)."""
+
     def for_stream(self, *stream: int) -> Policy:
-        return replace(self, stream=stream, drawn=Counter())
+        return replace(self, stream=stream, drawn=Counter(), interruption=Interruption())
+
+    def interruptible(self) -> Policy:
+        """The same for requests of its own, which one call of `interrupt` ends."""
+        return replace(self, interruption=Interruption())
+
+    async def interrupt(self) -> None:
+        """Have all samples that are being written come back as they are, with the status ABORTED."""
+        self.interruption.is_asked = True
+        await self.engine.abort_all()
 
     def start(self, sample: Sample) -> None:
         """Tokenize the prompt of a sample that has no tokens yet."""
@@ -68,7 +89,15 @@ class Policy:
         sample.tokens = self.tokenizer.encode(sample.prompt, add_special_tokens=False)
 
     async def extend(self, sample: Sample, sampling_params: Mapping[str, Any]) -> Generation:
-        """Let the policy write on from `sample.tokens`; everything the trainer needs is recorded in the sample."""
+        """Let the policy write on from `sample.tokens`; everything the trainer needs is recorded in the sample.
+
+        A sample that comes back with the status ABORTED was interrupted: return it, and a later rollout goes on with it
+        (`--partial-rollout`).
+        """
+        if self.interruption.is_asked:
+            sample.status = Sample.Status.ABORTED
+            await asyncio.sleep(0)
+            return Generation([], [], "abort", [])
         room = self.max_context_len - len(sample.tokens)
         if room <= 0:
             sample.status = Sample.Status.TRUNCATED
@@ -76,12 +105,14 @@ class Policy:
         params = SamplingParams.from_dict(sampling_params)
         params = replace(params, stop_token_ids=(*params.stop_token_ids, *self.stop_token_ids)).with_room(room)
         generation = await self.engine.generate(sample.tokens, params, self._next_stream(sample))
+        if generation.finish_reason == "abort" and not generation.token_ids:
+            self.drawn[self._place(sample)] -= 1
         written_before = sample.response_length
         sample.append_response_tokens(
             None,
             tokens=generation.token_ids,
             log_probs=generation.log_probs,
-            text=self.tokenizer.decode(generation.token_ids, skip_special_tokens=self.skip_special_tokens),
+            text=self.text(generation.token_ids),
             meta_info={"finish_reason": {"type": generation.finish_reason}},
         )
         sample.weight_versions += [""] * (written_before - len(sample.weight_versions)) + generation.weight_versions
@@ -92,12 +123,17 @@ class Policy:
         sample.metadata["cached_tokens"] = sample.metadata.get("cached_tokens", 0) + generation.cached_tokens
         return generation
 
+    def text(self, token_ids: list[int]) -> str:
+        return self.tokenizer.decode(token_ids, skip_special_tokens=self.skip_special_tokens)
+
     def _next_stream(self, sample: Sample) -> tuple[int, ...]:
-        stream = (*self.stream, sample.group_index or 0, sample.index or 0)
-        place = (*stream, len(sample.tokens))
+        place = self._place(sample)
         branch = self.drawn[place]
         self.drawn[place] += 1
-        return (*stream, branch) if branch else stream
+        return (*place[:-1], branch) if branch else place[:-1]
+
+    def _place(self, sample: Sample) -> tuple[int, ...]:
+        return (*self.stream, sample.group_index or 0, sample.index or 0, len(sample.tokens))
 
 
 def _record_kept(sample: Sample, generation: Generation, written_before: int) -> None:

@@ -27,6 +27,9 @@ class ScriptedEngine:
             weight_versions=[str(self.version)] * len(kept),
         )
 
+    async def abort_all(self) -> None:
+        """Nothing: every request is answered at once."""
+
     async def drain(self) -> None: ...
 
     def set_version(self, version: int) -> None:
