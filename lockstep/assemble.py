@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
+import socket
+import sys
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -23,12 +26,15 @@ from lockstep.config.model_flags import check_model_flags
 from lockstep.data import load_tokenizer
 from lockstep.data.chat import SftTokenizer
 from lockstep.data.choose_source import DataSource, make_data_source
+from lockstep.data.tokenizer import Tokenizer
 from lockstep.errors import ModelError
 from lockstep.models import ModelConfig, read_model_config
 from lockstep.plan import Hardware, Prediction, predict
 from lockstep.plan.batches import longest_context
 from lockstep.plan.meter import MemoryMeter, NoMeter, ProcessMeter
 from lockstep.rewards import RewardPool
+from lockstep.rollout.endpoint import Endpoint, GatedEngine, ServedPolicy, listen
+from lockstep.rollout.endpoint.requests import Limits
 from lockstep.rollout.engine import RolloutEngine
 from lockstep.rollout.evaluation import EvalSet, load_eval_sets
 from lockstep.rollout.generate import RolloutContext, generate_rollout
@@ -41,11 +47,14 @@ from lockstep.run import Run, resume_run
 _DEFAULT_ROLLOUT = "lockstep.rollout.generate.generate_rollout"
 
 
-def assemble(config: Config, stack: AsyncExitStack, on_sample: Callable[[int], None]) -> Run:
+def assemble(
+    config: Config, stack: AsyncExitStack, *, on_sampled: Callable[[], None], on_trained: Callable[[int], None]
+) -> Run:
     """Build a run; what must be closed again is pushed on `stack`.
 
     Args:
-        on_sample: called with a number of samples that sampling or training has finished, for progress.
+        on_sampled: called for every sample that sampling has finished, for progress.
+        on_trained: called with a number of samples that training has finished.
     """
     if config.cluster.num_threads:
         torch.set_num_threads(config.cluster.num_threads)
@@ -68,14 +77,16 @@ def assemble(config: Config, stack: AsyncExitStack, on_sample: Callable[[int], N
     samples_something = not config.debug.samples_nothing and (not is_sft or bool(eval_sets))
     is_embedded = config.rollout.rollout_engine == "embedded"
     require_possible(config, model_config, samples_something=samples_something and is_embedded)
-    prediction, memory = _memory(config, model_config, samples=samples_something and is_embedded)
+    listener = _listener(config, stack) if samples_something else None
+    samples_here = samples_something and is_embedded and not config.cluster.has_replicas("embedded")
+    prediction, memory = _memory(config, model_config, samples=samples_here)
     memory.start()
 
     checkpoint = find_checkpoint(Path(config.checkpoint.load)) if config.checkpoint.load else None
     num_steps = num_rollout * config.rollout.steps_per_rollout
-    workers = start_workers(config, stack, num_steps=num_steps, on_sample=on_sample)
+    workers = start_workers(config, stack, num_steps=num_steps, on_sample=on_trained)
     engine: RolloutEngine | None = None
-    context, kv_tokens = None, None
+    context, kv_tokens, url = None, None, None
     if samples_something:
         if is_embedded:
             longest = max([max_context_len, *(_longest_eval(config, eval_set) for eval_set in eval_sets)])
@@ -85,13 +96,16 @@ def assemble(config: Config, stack: AsyncExitStack, on_sample: Callable[[int], N
             stack.callback(engine.close)
         else:
             engine = open_sglang(config, model_config, workers.trainer, pick_device(config), stack)
+        if listener is not None:
+            engine, url = _open_endpoint(config, engine, tokenizer, model_config, max_context_len, listener, stack)
         context = RolloutContext(
             policy=Policy(
                 engine=engine,
                 tokenizer=tokenizer,
-                stop_token_ids=_stop_token_ids(hf_folder, hf_config, tokenizer),
+                stop_token_ids=stop_token_ids(hf_folder, hf_config, tokenizer),
                 max_context_len=max_context_len,
                 skip_special_tokens=config.rollout.rollout_skip_special_tokens,
+                url=url,
             ),
             rewards=RewardPool(
                 args,
@@ -102,7 +116,7 @@ def assemble(config: Config, stack: AsyncExitStack, on_sample: Callable[[int], N
             hooks=hooks,
             sampling_params=_sampling_params(config),
             eval_sets=eval_sets,
-            on_sample=lambda: on_sample(1),
+            on_sample=on_sampled,
         )
     rollout_function = _rollout_function(config.rollout.rollout_function_path, "--rollout-function-path")
     if is_sft and our_path(config.rollout.rollout_function_path) == _DEFAULT_ROLLOUT:
@@ -136,14 +150,50 @@ def assemble(config: Config, stack: AsyncExitStack, on_sample: Callable[[int], N
     return run
 
 
+def _listener(config: Config, stack: AsyncExitStack) -> socket.socket | None:
+    address, port = config.sglang.sglang_router_ip, config.sglang.sglang_router_port
+    return None if port is None else stack.enter_context(listen(address, port, "--sglang-router-port"))
+
+
+def _open_endpoint(
+    config: Config,
+    engine: RolloutEngine,
+    tokenizer: Tokenizer,
+    model: ModelConfig,
+    max_context_len: int,
+    listener: socket.socket,
+    stack: AsyncExitStack,
+) -> tuple[RolloutEngine, str]:
+    """Let others sample from the policy in training; returns the engine that the run has to use, and the address."""
+    folder, options = Path(config.model.hf_checkpoint), config.rollout
+    limits = Limits(
+        model=folder.resolve().name,
+        tokenizer=tokenizer,
+        defaults={
+            "temperature": options.rollout_temperature,
+            "top_p": options.rollout_top_p,
+            "top_k": options.rollout_top_k,
+        },
+        stop_token_ids=stop_token_ids(folder, read_hf_config(folder), tokenizer),
+        max_context_len=max_context_len,
+        vocab_size=model.vocab_size,
+        chat_template_kwargs=config.data.apply_chat_template_kwargs,
+    )
+    gated = GatedEngine(engine)
+    endpoint = Endpoint(ServedPolicy(gated, limits, asyncio.get_running_loop()), listener)
+    stack.push_async_callback(asyncio.to_thread, endpoint.close)
+    print(f"the policy answers at {endpoint.url}", file=sys.stderr, flush=True)
+    return gated, endpoint.url
+
+
 def _memory(config: Config, model: ModelConfig, *, samples: bool) -> tuple[Prediction | None, MemoryMeter]:
-    """What a run in this process will take, and what measures it; ranks in processes of their own are not measured."""
-    if config.cluster.actor_num_gpus_per_node > 1:
+    """What a run on this machine will take, and what measures it; ranks in processes of their own are not measured."""
+    if config.cluster.uses_ray:
         return None, NoMeter()
     device = pick_device(config)
     hardware = Hardware.of_this_machine(with_gpus=device.type == "cuda")
     prediction = predict(config, model, hardware, samples=samples)
-    return prediction, ProcessMeter(prediction, device)
+    return prediction, NoMeter() if config.cluster.num_ranks > 1 else ProcessMeter(prediction, device)
 
 
 def _rollout_function(path: str, option: str) -> Callable[..., Any]:
@@ -190,7 +240,7 @@ def _sampling_params(config: Config) -> dict[str, Any]:
     }
 
 
-def _stop_token_ids(folder: Path, hf_config: dict[str, Any], tokenizer: Any) -> tuple[int, ...]:
+def stop_token_ids(folder: Path, hf_config: dict[str, Any], tokenizer: Any) -> tuple[int, ...]:
     """The ends of sequence of generation_config.json, config.json and the tokenizer."""
     generation = folder / "generation_config.json"
     found: set[int] = set()
@@ -213,7 +263,7 @@ def _kv_tokens(config: Config, checkpoint: Path | None) -> int | None:
     if config.rollout.rollout_max_tokens is not None or checkpoint is None:
         return config.rollout.rollout_max_tokens
     state = read_state(checkpoint)
-    if state.get("kv_tokens") is None or state.get("num_ranks", 1) != config.cluster.actor_num_gpus_per_node:
+    if state.get("kv_tokens") is None or state.get("num_ranks", 1) != config.cluster.num_ranks:
         return None
     return int(state["kv_tokens"])
 

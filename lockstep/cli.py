@@ -103,6 +103,29 @@ def _say_what_loads(config: Config) -> None:
     print(f"loading {config.model.hf_checkpoint}", file=sys.stderr, flush=True)
 
 
+def _serve(words: Sequence[str]) -> int:
+    from lockstep.config.parsing import OptionParser
+
+    parser = OptionParser(
+        prog="lockstep serve",
+        usage="lockstep serve CHECKPOINT [--host ADDRESS] [--port PORT] [--option value ...]",
+        description="Answer over HTTP, in OpenAI's protocol, with a model or a training checkpoint (docs/serve.md).",
+        epilog="Options are those of `lockstep train`, such as --device, --params-dtype, --rollout-max-context-len.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("checkpoint", type=Path, help="folder in HF format, or the --save folder of a run")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
+    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
+    options, rest = parser.parse_known_args(words)
+
+    def read_config(first: Sequence[str]) -> Config | None:
+        return _read_config("serve", [*first, "--sglang-mem-fraction-static", "0.8", *rest], lambda config: None)
+
+    from lockstep.serve import serve
+
+    return serve(options.checkpoint, options.host, options.port, read_config)
+
+
 def _report(words: Sequence[str]) -> int:
     from lockstep.config.parsing import OptionParser
 
@@ -171,6 +194,30 @@ def _convert(words: Sequence[str]) -> int:
     return run_hf_to_torch_dist(options.hf_checkpoint, options.save, lambda hf: check_model_flags(flags, hf))
 
 
+def _launch(words: Sequence[str]) -> int:
+    from lockstep.config.checks import check_training
+    from lockstep.config.parsing import OptionParser
+
+    parser = OptionParser(
+        prog="lockstep launch",
+        usage="lockstep launch [--hosts A,B,...] [--ray-port PORT] [--run] [RECIPE.toml] [--option value ...]",
+        description="Print the commands that bring up a Ray cluster for a run on several machines, and the run itself. "
+        "With --run, execute those of this machine, and wait for the other hosts to join.",
+        epilog="Recipe and options are those of `lockstep train` (docs/multi-node.md).",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--hosts", default="", metavar="A,B,...", help="addresses of all hosts; this machine first")
+    parser.add_argument("--ray-port", type=int, default=6379, help="port of Ray's head (default: 6379)")
+    parser.add_argument("--run", action="store_true", help="start Ray's nodes on this machine, and the run")
+    options, rest = parser.parse_known_args(words)
+    if (config := _read_config("launch", rest, check_training)) is None:
+        return 0
+    from lockstep.launch import launch
+
+    hosts = [host for host in options.hosts.split(",") if host]
+    return launch(config, hosts, options.ray_port, rest, starts=options.run)
+
+
 def _plan(words: Sequence[str]) -> int:
     from lockstep.config.checks import check_training
     from lockstep.config.parsing import OptionParser
@@ -210,8 +257,10 @@ def _doctor(words: Sequence[str]) -> int:
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (_train, "train a model"),
     "eval": (_eval, "evaluate a model on held-out prompts"),
+    "serve": (_serve, "answer over HTTP with a model"),
     "plan": (_plan, "predict the memory of a run"),
     "convert": (_convert, "between HF folders and Megatron checkpoints"),
+    "launch": (_launch, "a Ray cluster and a run on several machines"),
     "report": (_report, "write the HTML page of a run"),
     "bench": (_bench, "measure speed on this machine"),
     "doctor": (_doctor, "what this machine has, and what is missing"),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,12 +16,14 @@ from lockstep.checkpoint.hf import require_replaceable
 from lockstep.checkpoint.training import find_checkpoint
 from lockstep.config import Config
 from lockstep.errors import CheckpointError, writing
+from lockstep.metrics import staleness_metrics
 from lockstep.observer import Clock, Observer
-from lockstep.parity import measure_parity, require_parity
+from lockstep.parity import measure_parity, require_parity, require_same_bits
 from lockstep.report import write_report
 from lockstep.rollout.debug_data import load_rollout, save_rollout, save_train_data
-from lockstep.run import Run, only_writer, open_records, require_writable, save_run
-from lockstep.sampling import sample_eval_sets, sample_groups
+from lockstep.run import FinishedRollout, Run, only_writer, open_records, require_writable, save_run
+from lockstep.sampling import give_newest_weights, sample_eval_sets, sample_groups
+from lockstep.schedule import Rollouts
 from lockstep.stopping import GracefulStop, Interrupted
 from lockstep.tracking.jsonl import plain_metrics
 from lockstep.tracking.progress import RunProgress
@@ -77,30 +80,46 @@ async def _train(run: Run, observer: Observer, stop: GracefulStop) -> int:
         observer.note(f"going on after step {run.next_rollout_id} of {run.num_rollout}, from {run.checkpoint}")
     elif options.checkpoint.load is not None:
         observer.note(f"{options.checkpoint.load} holds no checkpoint yet: this run begins with --hf-checkpoint")
-    if run.unlogged is not None:
-        await finish_step(run, observer, stop, run.unlogged)
-    elif run.next_rollout_id == 0 and run.eval_function is not None and not options.eval.skip_eval_before_train:
-        observer.log(-1, await stop.abandonable(run_eval(run, observer, -1)))
-    if run.next_rollout_id >= run.num_rollout:
-        observer.note(f"nothing is left to do: {run.next_rollout_id} of {run.num_rollout} rollouts are done")
-    for rollout_id in range(run.next_rollout_id, run.num_rollout):
-        border = run.state()
-        try:
-            groups, metrics = await stop.abandonable(run_rollout(run, observer, rollout_id))
-            if not options.debug.debug_rollout_only:
-                metrics |= train_on(run, observer, rollout_id, groups)
-        except Exception:
-            if run.trainer.version == border["trainer"]["version"]:
-                save(run, observer, border)
-            raise
-        run.next_rollout_id = rollout_id + 1
-        await finish_step(run, observer, stop, metrics)
+    async with _rollouts(run, observer) as rollouts:
+        if run.unlogged is not None:
+            await finish_step(run, observer, stop, rollouts, run.unlogged)
+        elif run.next_rollout_id == 0 and run.eval_function is not None and not options.eval.skip_eval_before_train:
+            observer.log(-1, await stop.abandonable(run_eval(run, observer, -1)))
+        if run.next_rollout_id >= run.num_rollout:
+            observer.note(f"nothing is left to do: {run.next_rollout_id} of {run.num_rollout} rollouts are done")
+        for rollout_id in range(run.next_rollout_id, run.num_rollout):
+            border = rollouts.state()
+            try:
+                with observer.clock.waiting(options.rollout.samples_per_rollout):
+                    rollout = await stop.abandonable(rollouts.take(rollout_id))
+                metrics = rollout.metrics
+                if not options.debug.debug_rollout_only:
+                    metrics = metrics | await rollouts.beside(train_on, run, observer, rollout_id, rollout.groups)
+            except Exception:
+                if run.trainer.version == border["trainer"]["version"]:
+                    save(run, observer, border)
+                raise
+            run.next_rollout_id = rollout_id + 1
+            await finish_step(run, observer, stop, rollouts, metrics)
     for line in run.memory.summary():
         observer.note(line)
     return 0
 
 
-async def finish_step(run: Run, observer: Observer, stop: GracefulStop, metrics: dict[str, float]) -> None:
+def _rollouts(run: Run, observer: Observer) -> Rollouts:
+    return Rollouts(
+        run,
+        partial(run_rollout, run, observer),
+        partial(give_newest_weights, run),
+        max_staleness=run.config.rollout.staleness_bound,
+        overlap=run.overlaps,
+        now=observer.clock.now,
+    )
+
+
+async def finish_step(
+    run: Run, observer: Observer, stop: GracefulStop, rollouts: Rollouts, metrics: dict[str, float]
+) -> None:
     """Evaluate, log and save, where it is time, after the step before `run.next_rollout_id`.
 
     Raises:
@@ -112,32 +131,35 @@ async def finish_step(run: Run, observer: Observer, stop: GracefulStop, metrics:
     if run.eval_function is not None and is_due(rollout_id, options.eval.eval_interval, is_last):
         run.unlogged = plain_metrics(metrics)
         try:
+            await stop.abandonable(rollouts.settle())
             metrics = metrics | await stop.abandonable(run_eval(run, observer, rollout_id))
         except Exception:
-            save(run, observer, run.state())
+            save(run, observer, rollouts.state())
             raise
         run.unlogged = None
     observer.log(rollout_id, metrics)
     require_parity(metrics, options.algorithm.logprob_diff_limit)
     if is_due(rollout_id, options.checkpoint.save_interval, is_last) or stop.requested:
-        save(run, observer, run.state())
+        with suppress(Interrupted):
+            await stop.abandonable(rollouts.settle())
+        await rollouts.beside(save, run, observer, rollouts.state())
     if stop.requested and not is_last:
         raise Interrupted
 
 
-async def run_rollout(run: Run, observer: Observer, rollout_id: int) -> tuple[list[Group], dict[str, float]]:
+async def run_rollout(run: Run, observer: Observer, rollout_id: int) -> FinishedRollout:
     """Finished, scored groups: sampled now, or loaded from an earlier run."""
     debug = run.config.debug
     if debug.load_debug_rollout_data is not None:
         groups = load_rollout(
             debug.load_debug_rollout_data, rollout_id, subsample=debug.load_debug_rollout_data_subsample
         )
-        return groups, observer.rollout(rollout_id, groups, {})
-    with observer.clock.phase("rollout", run.config.rollout.samples_per_rollout, "perf/rollout_time"):
+        return FinishedRollout(groups, observer.rollout(rollout_id, groups, {}))
+    with observer.clock.sampling(run.config.rollout.samples_per_rollout):
         output = await sample_groups(run, rollout_id)
     if debug.save_debug_rollout_data is not None:
         save_rollout(debug.save_debug_rollout_data, rollout_id, output.samples)
-    return output.samples, observer.rollout(rollout_id, output.samples, output.metrics or {})
+    return FinishedRollout(output.samples, observer.rollout(rollout_id, output.samples, output.metrics or {}))
 
 
 def train_on(run: Run, observer: Observer, rollout_id: int, groups: list[Group]) -> dict[str, float]:
@@ -154,14 +176,17 @@ def train_on(run: Run, observer: Observer, rollout_id: int, groups: list[Group])
     if run.config.debug.save_debug_train_data is not None:
         save_train_data(run.config.debug.save_debug_train_data, rollout_id, data.train_samples)
     version = run.trainer.version
+    staleness = staleness_metrics(data.samples, version, run.config.rollout.steps_per_rollout)
     before = prepare_log_probs(run, observer, data)
     with observer.clock.phase("train", len(data.samples), "perf/actor_train_time"):
         results = [run.trainer.step(step) for step in data.steps]
     policy = before or results[0].policy
-    metrics = observer.train(data, results, policy)
+    metrics = staleness | observer.train(data, results, policy)
     parity = measure_parity(data.samples, policy, version)
     if parity is not None:
         metrics |= parity.metrics()
+    if run.config.algorithm.true_on_policy:
+        require_same_bits(data.samples, policy, version)
     observer.keep_samples(rollout_id, data, policy)
     update_interval = run.config.algorithm.ref_update_interval
     if update_interval is not None and (rollout_id + 1) % update_interval == 0:
@@ -233,7 +258,8 @@ async def _with_run(config: Config, work: Callable[[Run, Observer, GracefulStop]
     async with AsyncExitStack() as stack:
         progress = RunProgress(config.logging.run_dir, config.rollout.num_rollout or 0)
         clock = Clock(progress)
-        run = assemble(config, stack, on_sample=clock.advance)
+        clock.is_ahead = config.rollout.staleness_bound > 0
+        run = assemble(config, stack, on_sampled=clock.sampled, on_trained=clock.trained)
         clock.memory = run.memory
         progress.num_steps, progress.start_step = run.num_rollout, run.next_rollout_id
         if run.context is not None:

@@ -132,6 +132,11 @@ ROLLOUT = (
         "Tokens per sample, in all turns, taken from the prefix cache.",
         "up",
     ),
+    _ours(
+        "rollout/policy_version_{min,max}", "steps", "Oldest and newest weights that sampled tokens of this rollout."
+    ),
+    _ours("rollout/staleness_mean", "rollouts", "Rollouts trained on between a token's weights and this step's; mean."),
+    _ours("rollout/staleness_max", "rollouts", "The largest of them: `--max-staleness` bounds it."),
     Metric("rollout/top_p_kept_vocab_per_token", "tokens", "Mean size of the nucleus that top-p kept."),
     Metric(
         "rollout/dynamic_filter/drop_{reason}",
@@ -166,6 +171,8 @@ ROLLOUT = (
     _ours("rollout/prompts_filtered", "prompts", "Prompts whose group a filter dropped."),
     _ours("rollout/prompts_failed", "prompts", "Prompts whose group was lost to failures.", "down"),
     _ours("rollout/prompts_deferred", "prompts", "Prompts put back into the buffer for a later rollout."),
+    _ours("rollout/samples_deferred", "samples", "Samples among them that were begun (`--partial-rollout`)."),
+    _ours("rollout/samples_continued", "samples", "Samples that an earlier rollout has begun (`--partial-rollout`)."),
     _ours(
         "rollout/overlong_prompts", "prompts", "Prompts left out so far because they exceed the length limit.", "down"
     ),
@@ -179,6 +186,16 @@ PERF = (
     ),
     Metric("perf/wait_time_ratio", "fraction", "`perf/train_wait_time` over `perf/step_time`.", "down"),
     Metric("perf/rollout_time", "s", "Sampling and rewards, from the first prompt to the last reward.", "down"),
+    _ours(
+        "perf/rollout_wait_time",
+        "s",
+        "What training waited for a rollout that was sampled beside it (`--schedule one-step-off` and `async`).",
+        "down",
+    ),
+    _ours("perf/rollout_started_at", "s", "When this rollout began, in seconds since the run did."),
+    _ours("perf/rollout_ended_at", "s", "When it had its last reward."),
+    _ours("perf/train_started_at", "s", "When training on it began."),
+    _ours("perf/train_ended_at", "s", "When training on it had ended; new weights reach the engine after it."),
     Metric("perf/update_weights_time", "s", "Until the engine could sample with the newest weights.", "down"),
     Metric("perf/train_time", "s", "All of training: data, log-probs, updates.", "down"),
     Metric(
@@ -381,6 +398,24 @@ def _mean_nucleus(samples: Sequence[Sample]) -> dict[str, float]:
     recorded = [sample.rollout_top_p_token_offsets for sample in samples if sample.rollout_top_p_token_offsets]
     num_tokens = sum(len(offsets) - 1 for offsets in recorded)
     return {"top_p_kept_vocab_per_token": sum(offsets[-1] for offsets in recorded) / num_tokens} if num_tokens else {}
+
+
+def staleness_metrics(samples: Sequence[Sample], version: int, steps_per_rollout: int) -> dict[str, float]:
+    """Which weights sampled the tokens that a step trains on; nothing where no engine says it.
+
+    Args:
+        version: of the weights that are trained, which count optimizer steps.
+    """
+    counts = Counter(int(v) for sample in samples for v in sample.weight_versions if v.isdigit())
+    if not counts:
+        return {}
+    behind = sum((version - v) * count for v, count in counts.items())
+    return {
+        "rollout/policy_version_min": float(min(counts)),
+        "rollout/policy_version_max": float(max(counts)),
+        "rollout/staleness_mean": behind / counts.total() / steps_per_rollout,
+        "rollout/staleness_max": (version - min(counts)) / steps_per_rollout,
+    }
 
 
 def rollout_metrics(groups: Sequence[Group], args: Any) -> dict[str, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from itertools import islice
 from typing import Any
@@ -29,6 +29,7 @@ KEPT_SAMPLES = 64
 
 _MEASURED = {
     "perf/rollout_time": "rollout",
+    "perf/rollout_wait_time": "rollout",
     "perf/eval_time": "rollout",
     "perf/log_probs_time": "log_probs",
     "perf/ref_log_probs_time": "log_probs",
@@ -44,28 +45,53 @@ class Clock:
     def __init__(self, progress: RunProgress) -> None:
         self.progress = progress
         self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._marks: dict[str, float] = {}
+        self.is_ahead = False
+        """Whether rollouts are sampled beside training."""
         self._phase: Phase | None = None
-        self._started = time.perf_counter()
+        self._phase_samples = False
+        self._began = self._started = time.perf_counter()
         self.memory: MemoryMeter = NoMeter()
 
     @contextmanager
     def phase(self, name: str, total: int | None, metric: str) -> Iterator[None]:
         """Show and time a part of a step."""
         started = time.perf_counter()
+        if metric == "perf/actor_train_time":
+            self._marks["perf/train_started_at"] = self.now()
         self.memory.start()
         with self.progress.phase(name, total) as phase:
-            self._phase = phase
+            self._phase, self._phase_samples = phase, _MEASURED[metric] == "rollout"
             try:
                 yield
             finally:
                 self._phase = None
                 self._seconds[metric] += time.perf_counter() - started
+                if metric == "perf/actor_train_time":
+                    self._marks["perf/train_ended_at"] = self.now()
                 self.memory.stop(_MEASURED[metric])
 
-    def advance(self, count: int = 1) -> None:
-        """One more sample of the current phase is done."""
-        if self._phase is not None:
+    def sampling(self, total: int) -> AbstractContextManager[None]:
+        """The phase in which a rollout is sampled; none of its own where others go on beside it."""
+        return nullcontext() if self.is_ahead else self.phase("rollout", total, "perf/rollout_time")
+
+    def waiting(self, total: int) -> AbstractContextManager[None]:
+        """The phase in which training waits for a rollout that is sampled beside it."""
+        return self.phase("rollout", total, "perf/rollout_wait_time") if self.is_ahead else nullcontext()
+
+    def sampled(self) -> None:
+        """One more sample has its reward."""
+        if self._phase is not None and self._phase_samples:
+            self._phase.advance()
+
+    def trained(self, count: int) -> None:
+        """More samples have been through the model."""
+        if self._phase is not None and not self._phase_samples:
             self._phase.advance(count)
+
+    def now(self) -> float:
+        """Seconds since the run began."""
+        return time.perf_counter() - self._began
 
     def take(self) -> dict[str, float]:
         """Times since the last call, with slime's sums: training, waiting for it, and the whole step."""
@@ -74,12 +100,17 @@ class Clock:
         step_time, self._started = now - self._started, now
         training = ("perf/log_probs_time", "perf/ref_log_probs_time", "perf/actor_train_time")
         train_time = sum(seconds.get(name, 0.0) for name in training)
-        return seconds | {
-            "perf/train_time": train_time,
-            "perf/train_wait_time": step_time - train_time,
-            "perf/step_time": step_time,
-            "perf/wait_time_ratio": 1 - train_time / step_time,
-        }
+        marks, self._marks = self._marks, {}
+        return (
+            seconds
+            | marks
+            | {
+                "perf/train_time": train_time,
+                "perf/train_wait_time": step_time - train_time,
+                "perf/step_time": step_time,
+                "perf/wait_time_ratio": 1 - train_time / step_time,
+            }
+        )
 
 
 class Observer:
@@ -108,7 +139,7 @@ class Observer:
                 return {}
         metrics = declared.rollout_metrics(groups, run.args) | {"rollout/step": float(rollout_id)}
         if rollout_time:
-            num_gpus = run.config.cluster.actor_num_gpus_per_node
+            num_gpus = run.config.cluster.num_ranks
             metrics |= declared.rollout_perf_metrics(groups, rollout_time, num_gpus)
         if run.context is not None:
             counts = run.context.rewards.take_counts()

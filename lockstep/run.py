@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from lockstep.checkpoint.training import (
 )
 from lockstep.config import Args, Config
 from lockstep.data.choose_source import DataSource, SlimeDataSource
+from lockstep.data.sample_json import sample_from_json, sample_to_json
 from lockstep.earlier import set_aside
 from lockstep.errors import CheckpointError, OptionError, writing
 from lockstep.plan.meter import MemoryMeter, NoMeter
@@ -34,13 +36,27 @@ from lockstep.rollout.engine import RolloutEngine
 from lockstep.rollout.generate import RolloutContext
 from lockstep.tracking import TrackerGroup, make_trackers
 from lockstep.trainer.engine import TrainingEngine
+from lockstep.types import Group
 
 logger = logging.getLogger(__name__)
 
 _NOTES = {"transformers_version", "_name_or_path", "dtype", "torch_dtype"}
 """Fields of config.json that may differ between the run and its continuation."""
+_AHEAD = "rollout_{}.json"
+"""File of a checkpoint with a rollout that was sampled and not yet trained on."""
 _RECORDS = ("metrics.jsonl", "config.toml", "report.html", "samples", "tensorboard")
 """What a run leaves in its folder."""
+
+
+@dataclass(frozen=True)
+class FinishedRollout:
+    """Scored groups, and what is measured of them."""
+
+    groups: list[Group]
+    metrics: dict[str, float]
+
+    def with_metrics(self, more: Mapping[str, float]) -> FinishedRollout:
+        return replace(self, metrics={**more, **self.metrics})
 
 
 @dataclass
@@ -68,10 +84,20 @@ class Run:
     keeps the number."""
     checkpoint: Path | None = None
     """Where it was resumed from."""
+    ahead: dict[int, FinishedRollout] = field(default_factory=dict)
+    """Rollouts that are finished and not yet trained on, by id."""
     unlogged: dict[str, float] | None = None
     """Metrics of a step that was trained, but whose evaluation was cut off; the step before `next_rollout_id`."""
     trackers: TrackerGroup = field(default_factory=lambda: TrackerGroup([]))
     memory: MemoryMeter = field(default_factory=NoMeter)
+
+    sampling_version: int | None = None
+    """Of the weights that the engine has been given."""
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether several rollouts may be under way."""
+        return self.config.rollout.schedule == "async"
 
     def state(self) -> dict[str, Any]:
         """All counters of a step border, as JSON."""
@@ -79,12 +105,16 @@ class Run:
             "next_rollout_id": self.next_rollout_id,
             "model": read_hf_config(Path(self.config.model.hf_checkpoint)),
             "trainer": self.trainer.state_dict(),
-            "data_source": self.data_source.state_dict(),
-            "random": random_states(),
+            **data_state(self),
             "kv_tokens": self.kv_tokens,
-            "num_ranks": self.config.cluster.actor_num_gpus_per_node,
+            "num_ranks": self.config.cluster.num_ranks,
             "unlogged": self.unlogged,
         }
+
+
+def data_state(run: Run) -> dict[str, Any]:
+    """What the next rollout depends on, beside weights."""
+    return {"data_source": run.data_source.state_dict(), "random": random_states()}
 
 
 def save_run(run: Run, state: dict[str, Any], on_exported: OnBytes | None = None) -> Path | None:
@@ -112,10 +142,23 @@ def save_run(run: Run, state: dict[str, Any], on_exported: OnBytes | None = None
             rollout_id,
             state=state | {"with_optimizer": with_optimizer},
             config_toml=run.config.to_toml(),
-            save_tensors=partial(run.trainer.save, with_optimizer=with_optimizer),
+            save_tensors=partial(_save_tensors, run, state.get("ahead", []), with_optimizer=with_optimizer),
         )
     _delete_old_checkpoints(run)
     return folder
+
+
+def _save_tensors(run: Run, ahead: list[int], folder: Path, *, with_optimizer: bool) -> None:
+    run.trainer.save(folder, with_optimizer=with_optimizer)
+    for rollout_id in ahead:
+        finished = run.ahead[rollout_id]
+        groups = [[sample_to_json(sample) for sample in group] for group in finished.groups]
+        (folder / _AHEAD.format(rollout_id)).write_text(json.dumps({"groups": groups, "metrics": finished.metrics}))
+
+
+def _load_ahead(path: Path) -> FinishedRollout:
+    content = json.loads(path.read_text())
+    return FinishedRollout([[sample_from_json(s) for s in group] for group in content["groups"]], content["metrics"])
 
 
 def _export(run: Run, rollout_id: int, on_bytes: OnBytes | None) -> None:
@@ -161,6 +204,7 @@ def _restore(run: Run, checkpoint: Path, state: dict[str, Any]) -> None:
         run.data_source.load(state["next_rollout_id"] - 1)
     if run.config.rollout.start_rollout_id is None:
         run.next_rollout_id, run.unlogged = state["next_rollout_id"], state["unlogged"]
+        run.ahead = {ahead: _load_ahead(checkpoint / _AHEAD.format(ahead)) for ahead in state.get("ahead", [])}
     restore_random_states(state["random"])
     run.checkpoint = checkpoint
 

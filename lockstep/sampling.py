@@ -13,12 +13,11 @@ from lockstep.types import RolloutFnEvalOutput, RolloutFnTrainOutput, Sample
 
 
 async def sample_groups(run: Run, rollout_id: int) -> RolloutFnTrainOutput:
-    """One rollout.
+    """One rollout, under the weights that the engine has.
 
     Raises:
         RolloutError: what the user's function returned cannot be trained on.
     """
-    update_time = _give_newest_weights(run)
     output = await _call(run, run.rollout_function, rollout_id)
     if not isinstance(output, RolloutFnTrainOutput):
         output = RolloutFnTrainOutput(output)
@@ -29,7 +28,7 @@ async def sample_groups(run: Run, rollout_id: int) -> RolloutFnTrainOutput:
             f"it returned {output.samples!r:.80}, which is no list of groups of samples with rewards.",
             "Return RolloutFnTrainOutput(samples=[[Sample, ...], ...]).",
         )
-    return RolloutFnTrainOutput(output.samples, update_time | (output.metrics or {}))
+    return output
 
 
 async def sample_eval_sets(run: Run, rollout_id: int) -> RolloutFnEvalOutput:
@@ -39,7 +38,7 @@ async def sample_eval_sets(run: Run, rollout_id: int) -> RolloutFnEvalOutput:
         RolloutError: the user's function returned something else.
     """
     assert run.eval_function is not None, "there is nothing to evaluate"
-    _give_newest_weights(run)
+    give_newest_weights(run)
     output = await _call(run, run.eval_function, rollout_id, evaluation=True)
     if not isinstance(output, RolloutFnEvalOutput):
         output = RolloutFnEvalOutput(output)
@@ -55,20 +54,26 @@ async def sample_eval_sets(run: Run, rollout_id: int) -> RolloutFnEvalOutput:
     return output
 
 
-def _give_newest_weights(run: Run) -> dict[str, float]:
+def give_newest_weights(run: Run) -> dict[str, float]:
     """Let the engine sample with the newest weights and no cache, whatever ran before in this process, so that a
-    resumed run samples the same. Returns the time that this took, as a metric."""
+    resumed run samples the same. Returns the time that this took, as a metric.
+
+    Rollouts that overlap may be under way; the engine then says what becomes of their requests."""
     if run.engine is None:
         return {}
+    version = run.trainer.version
+    if run.overlaps and run.sampling_version == version:
+        return {}
     started = time.perf_counter()
-    run.engine.set_version(run.trainer.version)
+    run.engine.set_version(version)
+    run.sampling_version = version
     return {"perf/update_weights_time": time.perf_counter() - started}
 
 
 async def _call(run: Run, function: Callable[..., Any], rollout_id: int, **named: bool) -> Any:
     """Call a plain or async function with the run's rewards in reach.
 
-    When the call ends, however it does, nothing is left under way.
+    When the call ends, however it does, nothing of it is left under way; of rollouts that overlap, others are.
     """
     if run.context is not None:
         run.context.enter()
@@ -76,7 +81,7 @@ async def _call(run: Run, function: Callable[..., Any], rollout_id: int, **named
         result = function(run.args, rollout_id, run.data_source, **named)
         return await result if inspect.isawaitable(result) else result
     finally:
-        if run.engine is not None:
+        if run.engine is not None and not run.overlaps:
             await run.engine.drain()
 
 

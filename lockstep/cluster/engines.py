@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 from lockstep.checkpoint.hf import OnBytes
 from lockstep.cluster.group import WorkerGroup
-from lockstep.cluster.rank import Request
+from lockstep.cluster.requests import Request
+from lockstep.rollout.continuation import joined, remaining
 from lockstep.rollout.embedded.engine import settle
 from lockstep.rollout.engine import Generation, SamplingParams
 from lockstep.trainer.batch import TrainSample
@@ -28,6 +30,7 @@ class GroupTrainer:
     def __init__(self, group: WorkerGroup, listeners: dict[str, OnBytes]) -> None:
         self.group = group
         self.version = 0
+        self.is_at_work = False
         self._listeners = listeners
 
     def log_probs(self, samples: Sequence[TrainSample], *, reference: bool = False) -> list[LogProbs]:
@@ -72,8 +75,10 @@ class GroupTrainer:
 class GroupEngine:
     """`RolloutEngine` over the embedded engines of all ranks.
 
-    Samples of a group go to one rank, where they share their prompt's keys and values; a group's first request decides
-    which. Results repeat: the choice and every batch depend on the order of (group, sample), never on the clock.
+    Requests of a session, which is a group of samples or a conversation, go to one rank, where they share their
+    prompt's keys and values. A new session goes to the rank with the fewest tokens. Results repeat: the choice and
+    every batch depend on the order of (group, sample), never on the clock. So where ranks go on by themselves, whose
+    tokens are done first does not count: tokens are forgotten when nothing is under way any more.
 
     Args:
         together: ranks decode together, as each has some of the experts; else each goes on by itself.
@@ -85,7 +90,9 @@ class GroupEngine:
         self._lanes = [_Lane(group, part, self._settled) for part in ([ranks] if together else [[r] for r in ranks])]
         self._lane_of_rank = {rank: lane for lane in self._lanes for rank in lane.ranks}
         self._rank_of: dict[tuple[int, ...], int] = {}
-        self._num_requests = [0] * len(group)
+        self._together = together
+        self._tokens = [0] * len(group)
+        """By rank: of requests under way."""
         self._arrived: list[tuple[Request, asyncio.Future[Generation]]] = []
         self._dealing: asyncio.Task[None] | None = None
         self._numbers = count()
@@ -100,9 +107,17 @@ class GroupEngine:
         try:
             return await future
         except asyncio.CancelledError:
-            if (rank := self._rank_of.get(_group_of(stream))) is not None:
+            if (rank := self._rank_of.get(_session_of(stream))) is not None:
                 self._lane_of_rank[rank].abort(rank, request.number)
             raise
+
+    async def abort_all(self) -> None:
+        arrived, self._arrived = self._arrived, []
+        for _, future in arrived:
+            if not future.done():
+                future.set_result(Generation([], [], "abort", []))
+        for lane in self._lanes:
+            lane.abort_all()
 
     async def drain(self) -> None:
         if self._dealing is not None:
@@ -115,7 +130,7 @@ class GroupEngine:
 
     def set_version(self, version: int) -> None:
         self._rank_of.clear()
-        self._num_requests = [0] * len(self.group)
+        self._tokens = [0] * len(self.group)
         self.group.call("begin_sampling", version)
         self._is_open = True
 
@@ -129,23 +144,77 @@ class GroupEngine:
             await asyncio.wait([self._dealing])
 
     async def _deal(self) -> None:
-        """Give every group that is new to the rank with the fewest requests so far."""
+        """Give every session that is new to the rank with the fewest tokens."""
         await settle()
         arrived, self._arrived = self._arrived, []
         arrived = [(request, future) for request, future in arrived if not future.done()]
-        sizes = Counter(_group_of(request.stream) for request, _ in arrived)
-        for group, size in sorted(sizes.items()):
-            if group not in self._rank_of:
-                self._rank_of[group] = self._num_requests.index(min(self._num_requests))
-            self._num_requests[self._rank_of[group]] += size
+        if not any(lane.is_busy for lane in self._lanes):
+            self._tokens = [0] * len(self.group)
+        sizes: Counter[tuple[int, ...]] = Counter()
+        for request, _ in arrived:
+            sizes[_session_of(request.stream)] += _num_tokens(request)
+        for session, size in sorted(sizes.items()):
+            if session not in self._rank_of:
+                self._rank_of[session] = self._tokens.index(min(self._tokens))
+            self._tokens[self._rank_of[session]] += size
         for request, future in arrived:
-            rank = self._rank_of[_group_of(request.stream)]
+            rank = self._rank_of[_session_of(request.stream)]
+            if self._together:
+                future.add_done_callback(partial(self._forget, rank, _num_tokens(request)))
             self._lane_of_rank[rank].add(rank, request, future)
 
+    def _forget(self, rank: int, num_tokens: int, _: asyncio.Future[Generation]) -> None:
+        self._tokens[rank] = max(0, self._tokens[rank] - num_tokens)
 
-def _group_of(stream: tuple[int, ...]) -> tuple[int, ...]:
+
+class _Interrupted(Generation):
+    """What a request had when new weights came. Nobody outside sees it: the request goes on."""
+
+
+class ReplicaEngine(GroupEngine):
+    """`RolloutEngine` over processes with copies of the weights, on devices of their own.
+
+    New weights may come while requests are under way. Those go on under them: their tokens so far stay, with version,
+    log-prob and experts, and are read again by the new weights.
+
+    Args:
+        send: lets the trainer send its weights, while the replicas receive them.
+    """
+
+    def __init__(self, group: WorkerGroup, send: Callable[[], None]) -> None:
+        super().__init__(group, together=False)
+        self._send = send
+        self._version: int | None = None
+
+    async def generate(self, input_ids: Sequence[int], params: SamplingParams, stream: tuple[int, ...]) -> Generation:
+        part = await super().generate(input_ids, params, stream)
+        written = part
+        while isinstance(part, _Interrupted):
+            part = await super().generate(*remaining(input_ids, params, written), stream)
+            written = joined(written, part)
+        return written
+
+    def set_version(self, version: int) -> None:
+        if version == self._version and any(lane.is_busy for lane in self._lanes):
+            return
+        if version != self._version:
+            self.group.poke(range(len(self.group)))
+            number = self.group.begin("receive_weights")
+            self._send()
+            for lane, ended in zip(self._lanes, self.group.finish(number), strict=True):
+                for request, generation in ended:
+                    lane.answer(request, _Interrupted(**vars(generation)))
+            self._version = version
+        super().set_version(version)
+
+
+def _session_of(stream: tuple[int, ...]) -> tuple[int, ...]:
     """Streams are (purpose, rollout or data set, group, sample, branch): what samples of one prompt share."""
     return stream[:3]
+
+
+def _num_tokens(request: Request) -> int:
+    return len(request.input_ids) + request.params.max_new_tokens
 
 
 class _Lane:
@@ -163,18 +232,28 @@ class _Lane:
         """By rank: requests that it has not got yet, and numbers of those to let go."""
         self._futures: dict[int, asyncio.Future[Generation]] = {}
         """Of requests that a rank has, or is about to get."""
+        self._rank_of: dict[int, int] = {}
         self._driver: asyncio.Task[None] | None = None
         self._can_poke = False
 
     def add(self, rank: int, request: Request, future: asyncio.Future[Generation]) -> None:
         self._futures[request.number] = future
+        self._rank_of[request.number] = rank
         self._for(rank)[0].append(request)
         self._wake()
+
+    @property
+    def is_busy(self) -> bool:
+        return bool(self._futures)
 
     def abort(self, rank: int, number: int) -> None:
         if number in self._futures:
             self._for(rank)[1].append(number)
             self._wake()
+
+    def abort_all(self) -> None:
+        for number in self._futures:
+            self.abort(self._rank_of[number], number)
 
     async def drain(self) -> None:
         while self._driver is not None and not self._driver.done():
@@ -199,16 +278,17 @@ class _Lane:
                 ended = await self.group.ask("advance", arguments)
                 self._can_poke = False
                 for number, outcome in chain(*ended.values()):
-                    self._answer(number, outcome)
+                    self.answer(number, outcome)
                 if any(ended.values()):
                     await self._settled()
         except Exception as error:
             self._news = {}
             for number in list(self._futures):
-                self._answer(number, error)
+                self.answer(number, error)
 
-    def _answer(self, number: int, outcome: Generation | Exception) -> None:
+    def answer(self, number: int, outcome: Generation | Exception) -> None:
         future = self._futures.pop(number)
+        del self._rank_of[number]
         if future.done():
             return
         if isinstance(outcome, Exception):

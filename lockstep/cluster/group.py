@@ -1,4 +1,4 @@
-"""`WorkerGroup`: ranks as processes of this machine, seen from the controller.
+"""`WorkerGroup`: ranks as processes, seen from the controller. An `Executor` has started them, here or elsewhere.
 
     call("step", samples)  --the same to all-->  ranks work together  -->  [answer of rank 0, of rank 1, ...]
 
@@ -10,11 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
-import os
 import selectors
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -22,15 +19,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import IO, Any
+from typing import Any
 
-from lockstep.cluster.wire import Answer, Call, Channel, Failure, News, Poke, Start, frame
+from lockstep.cluster.executor import Executor, LocalProcesses, NodeLost, Process, StartedRank
+from lockstep.cluster.wire import Answer, Call, Failure, News, Poke, Start, frame
 from lockstep.errors import LockstepError, RankError
 
-_BOOT = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from lockstep.cluster.worker import main; main(*map(int, sys.argv[2:]))"
-)
 _FOLLOW_S = 10.0
 """After one rank has failed, the others get this long to answer too. Those that do not wait for the first."""
 _END_S = 5.0
@@ -44,8 +38,7 @@ class _Worker:
     """One rank's process. `outcomes` holds answers and failures that nobody has taken yet, by call."""
 
     rank: int
-    process: subprocess.Popen[bytes]
-    channel: Channel
+    started: StartedRank
     last_lines: deque[str] = field(default_factory=lambda: deque(maxlen=_KEPT_LINES))
     outcomes: dict[int, Answer | Failure] = field(default_factory=dict)
     heard_at: float = field(default_factory=time.monotonic)
@@ -55,9 +48,10 @@ class _Worker:
 class WorkerGroup:
     """Starts `num_ranks` processes, each of which builds `make(place, *arguments)`.
 
-    Everything happens on the thread that made the group, which has to be the main one: ranks die with it.
+    The group is made on the main thread: ranks die with it. Calls come from one thread at a time.
 
     Args:
+        executor: starts and ends the processes; by default on this machine.
         timeout_s: how long a rank may work without any sign of life.
         on_news: gets what ranks report during calls: rank, kind, value.
     """
@@ -70,6 +64,7 @@ class WorkerGroup:
         *,
         timeout_s: float,
         on_news: Callable[[int, str, Any], None] = lambda rank, kind, value: None,
+        executor: Executor | None = None,
     ) -> None:
         self.timeout_s = timeout_s
         self._on_news = on_news
@@ -81,12 +76,14 @@ class WorkerGroup:
         """Who awaits a call's last answer."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._selector = selectors.DefaultSelector()
-        self._workers: list[_Worker] = []
-        for rank in range(num_ranks):
-            self._workers.append(self._start(rank))
-            self._selector.register(self._workers[-1].channel, selectors.EVENT_READ, self._workers[-1])
+        started = (executor or LocalProcesses()).start(num_ranks, timeout_s)
+        self._workers = [_Worker(rank, process) for rank, process in enumerate(started)]
         for worker in self._workers:
-            self._send(worker, frame(Start(make, worker.rank, num_ranks, arguments)))
+            worker.relay = threading.Thread(target=self._pass_on, args=(worker,), daemon=True)
+            worker.relay.start()
+            self._selector.register(worker.started.channel, selectors.EVENT_READ, worker)
+        for worker in self._workers:
+            self._send(worker, frame(Start(make, worker.rank, num_ranks, worker.started.local_rank, arguments)))
 
     def __len__(self) -> int:
         return len(self._workers)
@@ -102,7 +99,7 @@ class WorkerGroup:
         Raises:
             RankError: one could not, or an error of ours that one has raised.
         """
-        self._finish(0)
+        self.finish(0)
 
     def call(self, method: str, *arguments: Any) -> list[Any]:
         """The same call on all ranks together; answers in rank order.
@@ -115,7 +112,19 @@ class WorkerGroup:
 
     def call_each(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
         """As `call`, with arguments of its own for every rank."""
-        return self._finish(self._begin(method, dict(enumerate(arguments))))
+        return self.finish(self._begin(method, dict(enumerate(arguments))))
+
+    def begin(self, method: str, *arguments: Any) -> int:
+        """Start what `call` does; `finish` of the number that this returns does the rest."""
+        return self._begin(method, dict.fromkeys(range(len(self)), arguments))
+
+    def finish(self, number: int) -> list[Any]:
+        """Answers of all ranks to a call that was begun. Raises what `call` raises."""
+        while self._under_way[number][1] and self._failed is None:
+            for key, _ in self._selector.select(timeout=min(self.timeout_s, 1.0)):
+                self._hear(key.data)
+            self._require_signs_of_life(number)
+        return self._take(number, list(range(len(self))))
 
     async def ask(self, method: str, arguments: Mapping[int, tuple[Any, ...]]) -> dict[int, Any]:
         """As `call`, on some ranks, while the event loop goes on. Raises what `call` raises."""
@@ -140,14 +149,10 @@ class WorkerGroup:
         self._detach()
         self._selector.close()
         for worker in self._workers:
-            worker.channel.close()
+            worker.started.channel.close()
         deadline = time.monotonic() + (_END_S if self._failed is None else 0.0)
         for worker in self._workers:
-            try:
-                worker.process.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                worker.process.kill()
-                worker.process.wait()
+            _end(worker.started.process, max(0.0, deadline - time.monotonic()))
             if worker.relay is not None:
                 worker.relay.join(_END_S)
 
@@ -167,14 +172,6 @@ class WorkerGroup:
             self._send(self._workers[rank], frames[id(values)])
         return number
 
-    def _finish(self, number: int) -> list[Any]:
-        ranks = sorted(self._under_way[number][1])
-        while self._under_way[number][1] and self._failed is None:
-            for key, _ in self._selector.select(timeout=min(self.timeout_s, 1.0)):
-                self._hear(key.data)
-            self._require_signs_of_life(number)
-        return self._take(number, ranks)
-
     def _take(self, number: int, ranks: list[int]) -> list[Any]:
         method, _ = self._under_way.pop(number)
         if self._failed is not None:
@@ -182,13 +179,14 @@ class WorkerGroup:
         outcomes = [self._workers[rank].outcomes.pop(number) for rank in ranks]
         failures = [(rank, o) for rank, o in zip(ranks, outcomes, strict=True) if isinstance(o, Failure)]
         if failures:
-            raise _error_of(*min(failures, key=lambda item: isinstance(item[1].error, str)), method)
+            rank, failure = min(failures, key=lambda item: isinstance(item[1].error, str))
+            raise _error_of(self._workers[rank].started.name, failure, method)
         return [outcome.value for outcome in outcomes if isinstance(outcome, Answer)]
 
     def _hear(self, worker: _Worker) -> None:
         """Take one message of a rank that has something to say."""
         try:
-            message = worker.channel.receive()
+            message = worker.started.channel.receive()
         except (EOFError, OSError):
             self._lose(worker)
             return
@@ -211,15 +209,16 @@ class WorkerGroup:
         for worker in self._workers:
             failure = worker.outcomes.get(number)
             if isinstance(failure, Failure) and now - worker.heard_at > _FOLLOW_S:
-                error = _error_of(worker.rank, failure, method)
-                self._fail(error if isinstance(error, RankError) else _wrapped(worker.rank, error, method))
+                name = worker.started.name
+                error = _error_of(name, failure, method)
+                self._fail(error if isinstance(error, RankError) else _wrapped(name, error, method))
                 return
         rank = min(missing, key=lambda rank: self._workers[rank].heard_at)
         silent_s = now - self._workers[rank].heard_at
         if silent_s > self.timeout_s:
             self._fail(
                 RankError(
-                    f"rank {rank}",
+                    self._workers[rank].started.name,
                     f"silent for {silent_s:.0f} s",
                     f"it was told to `{method}` and gave no sign of life since.",
                     "Raise --distributed-timeout-minutes if it only needs longer.",
@@ -228,7 +227,7 @@ class WorkerGroup:
 
     def _send(self, worker: _Worker, data: bytes) -> None:
         try:
-            worker.channel.send_frame(data)
+            worker.started.channel.send_frame(data)
         except OSError:
             self._lose(worker)
 
@@ -238,25 +237,19 @@ class WorkerGroup:
         """A rank's end of the channel is closed: it is dead."""
         if self._failed is not None:
             return
-        try:
-            code = worker.process.wait(_END_S)
-        except subprocess.TimeoutExpired:
-            worker.process.kill()
-            code = worker.process.wait()
+        ended, remedy = _fate(worker.started)
         if worker.relay is not None:
             worker.relay.join(1.0)
         doing = next((method for method, ranks in self._under_way.values() if worker.rank in ranks), None)
         said = " | ".join(list(worker.last_lines)[-_QUOTED_LINES:])
         self._fail(
             RankError(
-                f"rank {worker.rank}",
-                f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}",
+                worker.started.name,
+                ended,
                 ("it was idle" if doing is None else f"it was told to `{doing}`")
                 + (f"; its last words: {said}" if said else "; it said nothing on stderr")
                 + ".",
-                "The kernel sends SIGKILL where memory is short: look at dmesg."
-                if code == -signal.SIGKILL
-                else "Look at what it printed above.",
+                remedy,
             )
         )
 
@@ -264,10 +257,10 @@ class WorkerGroup:
         self._failed = error
         for worker in self._workers:
             with contextlib.suppress(KeyError, ValueError):
-                self._selector.unregister(worker.channel)
+                self._selector.unregister(worker.started.channel)
         self._detach()
         for worker in self._workers:
-            worker.process.kill()
+            worker.started.process.kill()
         for future in self._waiting.values():
             if not future.done():
                 future.set_result(None)
@@ -278,12 +271,12 @@ class WorkerGroup:
         if self._loop is None and self._failed is None:
             self._loop = loop
             for worker in self._workers:
-                loop.add_reader(worker.channel.fileno(), self._hear_if_ready, worker)
+                loop.add_reader(worker.started.channel.fileno(), self._hear_if_ready, worker)
 
     def _detach(self) -> None:
         if self._loop is not None and not self._loop.is_closed():
             for worker in self._workers:
-                self._loop.remove_reader(worker.channel.fileno())
+                self._loop.remove_reader(worker.started.channel.fileno())
         self._loop = None
 
     def _hear_if_ready(self, worker: _Worker) -> None:
@@ -291,37 +284,48 @@ class WorkerGroup:
         if any(key.data is worker for key, _ in self._selector.select(timeout=0)):
             self._hear(worker)
 
-    # Processes
+    # What they say
 
-    def _start(self, rank: int) -> _Worker:
-        ours, theirs = socket.socketpair()
-        ours.settimeout(self.timeout_s)
-        # -P: what the caller's folder holds is no module. Out of order lines are worse than slow ones: -u.
-        process = subprocess.Popen(
-            [sys.executable, "-u", "-P", "-c", _BOOT, json.dumps(sys.path), str(theirs.fileno()), str(os.getpid())],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            pass_fds=(theirs.fileno(),),
-        )
-        theirs.close()
-        worker = _Worker(rank, process, Channel(ours))
-        assert process.stdout is not None
-        worker.relay = threading.Thread(target=self._pass_on, args=(worker, process.stdout), daemon=True)
-        worker.relay.start()
-        return worker
-
-    def _pass_on(self, worker: _Worker, output: IO[bytes]) -> None:
+    def _pass_on(self, worker: _Worker) -> None:
         """Show what a rank prints, until the group has failed: then all but the first only complain of the loss."""
-        with output:
-            for line in output:
-                text = line.decode(errors="replace").rstrip()
-                if text and self._failed is None:
-                    worker.last_lines.append(text)
-                    print(f"[rank {worker.rank}] {text}", file=sys.stderr, flush=True)
+        for line in worker.started.process.lines():
+            text = line.decode(errors="replace").rstrip()
+            if text and self._failed is None:
+                worker.last_lines.append(text)
+                print(f"[{worker.started.name}] {text}", file=sys.stderr, flush=True)
 
 
-def _error_of(rank: int, failure: Failure, method: str) -> LockstepError:
+def _fate(started: StartedRank) -> tuple[str, str]:
+    """How a rank has ended whose channel is closed, and what to do about it."""
+    remedy = "Start the node again; with --load a run goes on from its last checkpoint."
+    try:
+        try:
+            code = started.process.wait(_END_S)
+        except subprocess.TimeoutExpired:
+            started.process.kill()
+            code = started.process.wait(_END_S)
+    except NodeLost as error:
+        return "lost with its node", f"{error} {remedy}"
+    except subprocess.TimeoutExpired:
+        return "cut off", f"Its node does not answer. {remedy}"
+    if code == -signal.SIGKILL:
+        remedy = "The kernel sends SIGKILL where memory is short: look at dmesg."
+    else:
+        remedy = "Look at what it printed above."
+    return (f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"), remedy
+
+
+def _end(process: Process, timeout_s: float) -> None:
+    """Wait for a process; one that is still there is killed, and may need a moment to be gone."""
+    with contextlib.suppress(NodeLost, subprocess.TimeoutExpired):
+        try:
+            process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait(_END_S)
+
+
+def _error_of(name: str, failure: Failure, method: str) -> LockstepError:
     if isinstance(failure.error, LockstepError):
         return failure.error
     print(failure.trace, file=sys.stderr, flush=True)
@@ -329,11 +333,9 @@ def _error_of(rank: int, failure: Failure, method: str) -> LockstepError:
     remedy = "The traceback is above."
     if "out of memory" in text.lower():
         remedy = "Lower --max-tokens-per-gpu, recompute activations, or divide the model further."
-    return RankError(f"rank {rank}", text.splitlines()[0], f"that is how its `{method}` failed.", remedy)
+    return RankError(name, text.splitlines()[0], f"that is how its `{method}` failed.", remedy)
 
 
-def _wrapped(rank: int, error: LockstepError, method: str) -> RankError:
+def _wrapped(name: str, error: LockstepError, method: str) -> RankError:
     """An error of ours that one rank alone has met, which leaves the others waiting."""
-    return RankError(
-        f"rank {rank}", str(error), f"it alone failed to `{method}`, and the others wait for it.", "See there."
-    )
+    return RankError(name, str(error), f"it alone failed to `{method}`, and the others wait for it.", "See there.")

@@ -17,22 +17,23 @@ import torch.distributed as dist
 
 from lockstep.checkpoint.hf import OnBytes, load_hf_weights, read_hf_config, save_hf_model
 from lockstep.cluster.parts import cache_bytes, embedded_engine, kv_tokens, layout_of, reference_folder, trainer_options
+from lockstep.cluster.requests import Request, RequestServer
 from lockstep.cluster.worker import Place
 from lockstep.config import Config
 from lockstep.models import LanguageModel, build_model, read_model_config
 from lockstep.parallel.decode import Peers
 from lockstep.parallel.mesh import Meshes
 from lockstep.parallel.shard import shard_model
-from lockstep.rollout.embedded import EmbeddedEngine
-from lockstep.rollout.embedded.sequence import Sequence
-from lockstep.rollout.engine import Generation, SamplingParams
+from lockstep.parallel.whole import whole
+from lockstep.rollout.engine import Generation
 from lockstep.trainer.batch import TrainSample
 from lockstep.trainer.engine import LogProbs, StepResult
 from lockstep.trainer.parallel import ParallelTrainer
+from lockstep.weight_sync.copies import CopySender, copies_group
+from lockstep.weight_sync.ranks import RankWeights
 
 T = TypeVar("T")
-_STEP, _STOP = 1, 2
-"""What a rank wants next; 0 is nothing. The largest wish counts."""
+_dist: Any = dist  # TCPStore is not among its declared names
 
 
 @dataclass(frozen=True)
@@ -42,18 +43,8 @@ class RankPlan:
     config: Config
     device_type: str
     num_steps: int
-    rendezvous: Path
-    """A path where no file is yet; ranks meet there."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """A response that the controller waits for."""
-
-    number: int
-    input_ids: list[int]
-    params: SamplingParams
-    stream: tuple[int, ...]
+    rendezvous: tuple[str, int]
+    """Address and port of the store where ranks meet."""
 
 
 class Rank:
@@ -62,7 +53,7 @@ class Rank:
     def __init__(self, place: Place, plan: RankPlan) -> None:
         self.place = place
         self.config = plan.config
-        self.device = _take_device(place.rank, plan)
+        self.device = take_device(place, plan.config, plan.device_type)
         _join(place, plan)
         layout = layout_of(plan.config)
         self.meshes = Meshes(layout, plan.device_type)
@@ -79,10 +70,10 @@ class Rank:
             on_micro_batch=self._on_micro_batch,
             **trainer_options(plan.config, plan.num_steps),
         )
-        self._engine: EmbeddedEngine | None = None
-        self._peers: Peers | None = None
+        self._requests: RequestServer | None = None
         self._weights = contextlib.ExitStack()
-        self._sequences: dict[int, Sequence] = {}
+        self._copies: CopySender | None = None
+        self._weights_for_servers = RankWeights(lambda: self.trainer.model)
 
     # Training
 
@@ -109,6 +100,23 @@ class Rank:
     def export(self, folder: Path, source: Path) -> None:
         save_hf_model(self.trainer.model, folder, source=source, on_bytes=self._reporter("exporting"))
 
+    def open_copies(self, address: tuple[str, int], num_receivers: int) -> None:
+        """Meet the processes that keep copies of the weights: rank 0 sends, to all of them at once."""
+        if self.place.rank == 0:
+            self._copies = CopySender(copies_group(self.config, self.device, address, 0, 1 + num_receivers))
+
+    def weights(self, what: str, *arguments: Any) -> None:
+        """Bring the weights to SGLang's servers: `RankWeights` says how."""
+        self._weights_for_servers.do(what, *arguments)
+
+    def send_copies(self) -> None:
+        """All ranks gather, one parameter at a time; rank 0 sends."""
+        gathered = ((name, whole(p)) for name, p in self.trainer.model.named_parameters())
+        if self._copies is not None:
+            self._copies.send(gathered)
+        for _ in gathered:
+            pass
+
     def state_dict(self) -> dict[str, Any] | None:
         return self._from_first(self.trainer.state_dict())
 
@@ -128,60 +136,27 @@ class Rank:
 
     def open_engine(self, num_tokens: int, max_context_len: int) -> None:
         with self.trainer.rollout_weights() as model:
-            self._peers = Peers(model, self.device) if model.config.num_sparse_layers else None
-            self._engine = embedded_engine(self.config, model, num_tokens, max_context_len, self._peers)
+            peers = Peers(model, self.device) if model.config.num_sparse_layers else None
+            engine = embedded_engine(self.config, model, num_tokens, max_context_len, peers)
+        self._requests = RequestServer(engine, self.place, peers)
 
     def begin_sampling(self, version: int) -> None:
         """Make the weights ready to sample with."""
         self._weights.enter_context(self.trainer.rollout_weights())
-        self.engine.set_version(version)
+        self._served.engine.set_version(version)
 
     def end_sampling(self) -> None:
         """Give back what sampling alone needs."""
+        self._served.engine.release_memory()
         self._weights.close()
 
     def advance(self, requests: list[Request], aborted: list[int]) -> list[tuple[int, Generation | Exception]]:
-        """Take requests in and let others go; then sample until some are finished, nothing is left, or a poke.
-
-        Ranks that decode together all do so until that happens to one of them.
-
-        Returns:
-            What has become of requests, by their number.
-        """
-        ended: list[tuple[int, Generation | Exception]] = []
-        for request in requests:
-            sequence = self.engine.sequence(request.input_ids, request.params, request.stream)
-            try:
-                self.engine.add(sequence)
-            except Exception as error:
-                ended.append((request.number, error))
-            else:
-                self._sequences[request.number] = sequence
-        for number in aborted:
-            if (found := self._sequences.get(number)) is not None:
-                found.finish_reason = "abort"
-        finished = self.engine.finish_aborted()
-        while self._goes_on(has_news=bool(finished or ended)):
-            finished = self.engine.step()
-            self.place.is_alive()
-        self.place.is_poked.clear()  # one that comes later makes the next call come back at once, which does no harm
-        number_of = {sequence: number for number, sequence in self._sequences.items()}
-        for sequence in finished:
-            number = number_of[sequence]
-            del self._sequences[number]
-            assert sequence.generation is not None, "a finished sequence has its result"
-            ended.append((number, sequence.generation))
-        return ended
+        return self._served.advance(requests, aborted)
 
     @property
-    def engine(self) -> EmbeddedEngine:
-        assert self._engine is not None, "open_engine comes first"
-        return self._engine
-
-    def _goes_on(self, *, has_news: bool) -> bool:
-        """Whether to sample another step, which ranks that decode together answer alike."""
-        wish = _STOP if has_news or self.place.is_poked.is_set() else int(self.engine.has_work)
-        return (wish if self._peers is None else self._peers.most(wish)) == _STEP
+    def _served(self) -> RequestServer:
+        assert self._requests is not None, "open_engine comes first"
+        return self._requests
 
     def _load(self, folder: Path, on_bytes: OnBytes) -> LanguageModel:
         """The model of an HF folder, this rank's part of it."""
@@ -214,26 +189,29 @@ class Rank:
         return value if self.place.rank == 0 else None
 
 
-def _take_device(rank: int, plan: RankPlan) -> torch.device:
-    """This rank's GPU, or its share of the cores."""
-    threads = plan.config.cluster.num_threads or max(1, torch.get_num_threads() // layout_of(plan.config).world_size)
-    torch.set_num_threads(threads)
-    if plan.device_type == "cpu":
+def take_device(place: Place, config: Config, device_type: str) -> torch.device:
+    """This rank's GPU, or its share of the machine's cores."""
+    per_machine = config.cluster.actor_num_gpus_per_node
+    torch.set_num_threads(config.cluster.num_threads or max(1, torch.get_num_threads() // per_machine))
+    if device_type == "cpu":
         return torch.device("cpu")
-    torch.cuda.set_device(rank)
-    return torch.device("cuda", rank)
+    torch.cuda.set_device(place.local_rank)
+    return torch.device("cuda", place.local_rank)
 
 
 def _join(place: Place, plan: RankPlan) -> None:
-    """Meet the other ranks, all on this machine."""
+    """Meet the other ranks."""
     # Where two kinds of parallelism divide the same dim of a weight, gathering it takes two steps, and that is fine.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     if sys.platform == "linux":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a rank on a Ray node has its node's
+    host, port = plan.rendezvous
+    os.environ.update(MASTER_ADDR=host, MASTER_PORT=str(port))
+    timeout = timedelta(minutes=plan.config.cluster.distributed_timeout_minutes)
     dist.init_process_group(
         "gloo" if plan.device_type == "cpu" else "cpu:gloo,cuda:nccl",
-        init_method=f"file://{plan.rendezvous}",
+        store=_dist.TCPStore(host, port, is_master=False, timeout=timeout),
         rank=place.rank,
         world_size=place.world_size,
-        timeout=timedelta(minutes=plan.config.cluster.distributed_timeout_minutes),
+        timeout=timeout,
     )

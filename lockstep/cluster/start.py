@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import random
 import sys
-import tempfile
 from collections.abc import Callable
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+import torch.distributed as dist
 
 from lockstep.checkpoint.hf import OnBytes, load_hf_model, read_hf_config
-from lockstep.cluster.engines import GroupEngine, GroupTrainer
+from lockstep.cluster.engines import GroupEngine, GroupTrainer, ReplicaEngine
+from lockstep.cluster.executor import Executor, LocalProcesses
 from lockstep.cluster.group import WorkerGroup
 from lockstep.cluster.parts import (
     cache_bytes,
@@ -24,13 +29,23 @@ from lockstep.cluster.parts import (
     trainer_options,
 )
 from lockstep.cluster.rank import Rank, RankPlan
+from lockstep.cluster.replica import Replica, ReplicaPlan
+from lockstep.cluster.shared_paths import expected_paths
 from lockstep.config import Config
 from lockstep.errors import OptionError
+from lockstep.exact import compute_exactly, require_exactness
 from lockstep.models import LanguageModel, ModelConfig, read_model_config
+from lockstep.parallel.mesh import Layout
 from lockstep.rollout.engine import RolloutEngine
 from lockstep.tracking.transfer import TransferProgress
 from lockstep.trainer.engine import TrainingEngine
 from lockstep.trainer.local import LocalTrainer
+from lockstep.weight_sync.copies import CopySender, copies_group
+
+if TYPE_CHECKING:
+    from lockstep.cluster.ray_cluster import RayCluster
+
+_dist: Any = dist  # TCPStore is not among its declared names
 
 
 class Workers(Protocol):
@@ -51,6 +66,18 @@ class Workers(Protocol):
         ...
 
 
+class _Senders(Workers, Protocol):
+    """Workers whose weights others may copy."""
+
+    def open_copies(self, address: tuple[str, int], num_receivers: int) -> None:
+        """Meet, at a store's address, processes that keep copies of the weights."""
+        ...
+
+    def send_copies(self) -> None:
+        """Send them the weights, which they receive at the same time."""
+        ...
+
+
 def require_possible(config: Config, model: ModelConfig, *, samples_something: bool) -> None:
     """Refuse what this machine or model cannot be divided into, before anything is loaded.
 
@@ -59,21 +86,45 @@ def require_possible(config: Config, model: ModelConfig, *, samples_something: b
     """
     layout = layout_of(config)
     layout.check(model)
-    pick_device(config)
+    if not config.cluster.uses_ray:
+        pick_device(config)
+    elif config.rollout.rollout_engine == "sglang" and not config.sglang.rollout_external_engine_addrs:
+        raise OptionError(
+            "--rollout-engine",
+            "sglang",
+            "with Ray, servers are not started by the run yet: it could start them on the controller's machine only.",
+            "Start servers on the nodes that shall sample, and give --rollout-external-engine-addrs.",
+        )
     if layout.pp_size > 1 and samples_something:
         raise OptionError(
             "--pipeline-model-parallel-size",
             layout.pp_size,
-            "the embedded engine has no pipeline, and SGLang servers, which would sample for one, are not there yet.",
-            "Use 1; or train on stored rollouts (--load-debug-rollout-data), or by --loss-type sft_loss without "
-            "evaluation.",
+            "the embedded engine has no pipeline.",
+            "Use 1, or --rollout-engine sglang; or train on stored rollouts (--load-debug-rollout-data), or by "
+            "--loss-type sft_loss without evaluation.",
         )
-    if layout.world_size > 1 and config.batching.backward_order == "layer":
+    if config.batching.backward_order == "layer":
+        _require_one_reduction(config, layout)
+    if config.algorithm.true_on_policy:
+        require_exactness(model, pick_device(config), getattr(torch, config.model.params_dtype))
+
+
+def _require_one_reduction(config: Config, layout: Layout) -> None:
+    """By layer, a layer is finished for the whole step before the one below it begins, and then reduced in fp32."""
+    if layout.pp_size > 1:
         raise OptionError(
             "--backward-order",
             "layer",
-            "it is there for one process only.",
-            "Use micro-batch, with --recompute-granularity full to save memory.",
+            f"each of the {layout.pp_size} pipeline stages would wait until the one after it has finished the step.",
+            "Use --pipeline-model-parallel-size 1, which allows every other kind of parallelism; or "
+            "--backward-order micro-batch with --recompute-granularity full.",
+        )
+    if config.parallel.grad_reduce_in_bf16 and layout.world_size > 1:
+        raise OptionError(
+            "--grad-reduce-in-bf16",
+            "True",
+            "with --backward-order layer the sums of gradients are fp32 until they are complete.",
+            "Leave it out: by layer, gradients cross ranks only once a step.",
         )
 
 
@@ -86,9 +137,73 @@ def start_workers(
         num_steps: optimizer steps of the whole run.
         on_sample: called with a number of samples that training has finished, for progress.
     """
-    start: Any = _Here if config.cluster.actor_num_gpus_per_node == 1 else _Ranks
-    workers: Workers = start(config, stack, num_steps, on_sample)
-    return workers
+    machines = _machines(config, stack)
+    workers: Any
+    if config.cluster.num_ranks == 1 and not config.cluster.uses_ray:
+        workers = _Here(config, stack, num_steps, on_sample)
+    else:
+        workers = _Ranks(config, stack, num_steps, on_sample, machines)
+    if config.cluster.has_replicas(config.rollout.rollout_engine):
+        workers = _WithReplicas(config, stack, workers, machines)
+    started: Workers = workers
+    return started
+
+
+@dataclass(frozen=True)
+class _Machines:
+    """Where processes are started, and where they find the controller."""
+
+    device_type: str
+    address: str
+    ranks: Executor
+    replicas: Executor
+
+
+def _machines(config: Config, stack: AsyncExitStack) -> _Machines:
+    cluster = config.cluster
+    if not cluster.uses_ray:
+        replicas = LocalProcesses(first_gpu=cluster.num_ranks, what="replica")
+        return _Machines(pick_device(config).type, "127.0.0.1", LocalProcesses(), replicas)
+    ray_cluster = _join_ray(config)
+    stack.callback(ray_cluster.close)
+    with expected_paths(config) as paths:
+        ray_cluster.require_shared(paths)
+    ends = len(ray_cluster.addresses)
+    return _Machines(
+        ray_cluster.device_type,
+        ray_cluster.controller_address,
+        ray_cluster.processes(range(cluster.actor_num_nodes), "rank"),
+        ray_cluster.processes(range(cluster.actor_num_nodes, ends), "replica"),
+    )
+
+
+def _join_ray(config: Config) -> RayCluster:
+    if "RAY_AUTH_TOKEN" in os.environ or (Path.home() / ".ray" / "auth_token").exists():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # `ray start` does so too; Ray reads it when it is imported
+    try:
+        from lockstep.cluster.ray_cluster import RayCluster
+    except ModuleNotFoundError as error:
+        raise OptionError(
+            "--actor-num-nodes" if config.cluster.ray_address is None else "--ray-address",
+            config.cluster.ray_address or config.cluster.actor_num_nodes,
+            f"Ray would start the processes, and it is not installed ({error.name}).",
+            'Install it on every machine: pip install "lockstep-rl[ray]".',
+        ) from None
+    cluster = config.cluster
+    num_replicas = (cluster.rollout_num_gpus or 0) if cluster.has_replicas(config.rollout.rollout_engine) else 0
+    shares = [cluster.actor_num_gpus_per_node] * cluster.actor_num_nodes + [1] * num_replicas
+    timeout_s = 60.0 * cluster.distributed_timeout_minutes
+    before = random.getstate()
+    try:
+        return RayCluster(cluster.ray_address, shares, device=cluster.device, timeout_s=timeout_s)
+    finally:
+        random.setstate(before)  # Ray draws from the generator that hooks draw from
+
+
+def _meeting_place(config: Config, machines: _Machines) -> Any:
+    """A store in this process, where those of a process group find each other."""
+    timeout = timedelta(minutes=config.cluster.distributed_timeout_minutes)
+    return _dist.TCPStore(machines.address, 0, is_master=True, wait_for_workers=False, timeout=timeout)
 
 
 class _Here:
@@ -115,18 +230,34 @@ class _Here:
         model = self._stack.enter_context(self.trainer.rollout_weights())
         return embedded_engine(self._config, model, num_tokens, max_context_len)
 
+    def open_copies(self, address: tuple[str, int], num_receivers: int) -> None:
+        self._copies = CopySender(copies_group(self._config, self._device, address, 0, 1 + num_receivers))
+
+    def send_copies(self) -> None:
+        with self.trainer.rollout_weights() as model:
+            self._copies.send(model.named_parameters())
+
     def _load(self, folder: Path, label: str) -> LanguageModel:
         dtype = getattr(torch, self._config.model.params_dtype)
         with TransferProgress(label) as progress:
-            return load_hf_model(folder, dtype=dtype, device=self._device, on_bytes=progress)
+            model = load_hf_model(folder, dtype=dtype, device=self._device, on_bytes=progress)
+        if self._config.algorithm.true_on_policy:
+            compute_exactly(model)
+        return model
 
 
 class _Ranks:
     """One process per rank; this one keeps no weights."""
 
-    def __init__(self, config: Config, stack: AsyncExitStack, num_steps: int, on_sample: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        stack: AsyncExitStack,
+        num_steps: int,
+        on_sample: Callable[[int], None],
+        machines: _Machines,
+    ) -> None:
         layout = layout_of(config)
-        meeting = stack.enter_context(tempfile.TemporaryDirectory(prefix="lockstep-ranks-"))
         listeners: dict[str, OnBytes] = {}
 
         def on_news(rank: int, kind: str, value: Any) -> None:
@@ -135,13 +266,15 @@ class _Ranks:
             elif rank == 0 and kind in listeners:
                 listeners[kind](*value)
 
-        plan = RankPlan(config, pick_device(config).type, num_steps, Path(meeting) / "store")
+        self._store = _meeting_place(config, machines)
+        plan = RankPlan(config, machines.device_type, num_steps, (machines.address, self._store.port))
         self._group = WorkerGroup(
             layout.world_size,
             Rank,
             (plan,),
             timeout_s=60.0 * config.cluster.distributed_timeout_minutes,
             on_news=on_news,
+            executor=machines.ranks,
         )
         stack.callback(self._group.close)
         print(f"{layout.world_size} processes on {plan.device_type}: {layout}", file=sys.stderr, flush=True)
@@ -158,3 +291,40 @@ class _Ranks:
     def open_engine(self, num_tokens: int, max_context_len: int) -> RolloutEngine:
         self._group.call("open_engine", num_tokens, max_context_len)
         return GroupEngine(self._group, together=self._has_experts)
+
+    def open_copies(self, address: tuple[str, int], num_receivers: int) -> None:
+        self._group.call("open_copies", address, num_receivers)
+
+    def send_copies(self) -> None:
+        self._group.call("send_copies")
+
+
+class _WithReplicas:
+    """Training as it is, and processes with copies of its weights, which sample."""
+
+    def __init__(self, config: Config, stack: AsyncExitStack, workers: _Senders, machines: _Machines) -> None:
+        self.trainer = workers.trainer
+        self._workers = workers
+        self._group = WorkerGroup(
+            config.cluster.rollout_num_gpus or 0,
+            Replica,
+            (ReplicaPlan(config, machines.device_type),),
+            timeout_s=60.0 * config.cluster.distributed_timeout_minutes,
+            executor=machines.replicas,
+        )
+        stack.callback(self._group.close)
+        print(f"{len(self._group)} processes on {machines.device_type} that sample", file=sys.stderr, flush=True)
+        self._group.wait_for_start()
+        self._store = _meeting_place(config, machines)
+        address = machines.address, self._store.port
+        joining = self._group.begin("open_copies", address)
+        workers.open_copies(address, len(self._group))
+        self._group.finish(joining)
+
+    def kv_tokens(self, longest: int) -> int:
+        room: list[int] = self._group.call("kv_tokens", longest)
+        return min(room)
+
+    def open_engine(self, num_tokens: int, max_context_len: int) -> RolloutEngine:
+        self._group.call("open_engine", num_tokens, max_context_len)
+        return ReplicaEngine(self._group, self._workers.send_copies)

@@ -20,6 +20,7 @@ class Start:
     """Called with the rank's `Place` and the arguments; what it returns has the methods that calls name."""
     rank: int
     world_size: int
+    local_rank: int
     arguments: tuple[Any, ...]
 
 

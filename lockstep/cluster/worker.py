@@ -29,6 +29,8 @@ class Place:
 
     rank: int
     world_size: int
+    local_rank: int
+    """Among the ranks of its machine."""
     notify: Callable[[News], None]
     is_poked: threading.Event
     """Set when the controller wants the present call to come back; calls that look at it clear it when they end."""
@@ -52,7 +54,7 @@ def main(socket_fd: int, parent_pid: int) -> None:
     channel = Channel(socket.socket(fileno=socket_fd))
     start: Start = channel.receive()
     calls: queue.SimpleQueue[Call] = queue.SimpleQueue()
-    place = Place(start.rank, start.world_size, channel.send, threading.Event())
+    place = Place(start.rank, start.world_size, start.local_rank, channel.send, threading.Event())
     threading.Thread(target=_listen, args=(channel, calls, place), daemon=True).start()
     with _until_the_end():
         target = _answer(channel, 0, partial(start.make, place, *start.arguments))

@@ -50,6 +50,19 @@ def _nearest_divisor(number: int, wanted: int) -> int:
     return min(divisors, key=lambda d: (abs(d - wanted), -d))
 
 
+def staleness_must_fit_the_schedule(options: RolloutOptions) -> None:
+    least, most = {"sync": (0, 0), "one-step-off": (1, 1), "async": (1, None)}[options.schedule]
+    bound = options.staleness_bound
+    if bound < least or (most is not None and bound > most):
+        raise OptionError(
+            "--max-staleness",
+            bound,
+            f"--schedule {options.schedule} trains on rollouts that are {least} behind"
+            + ("." if most is not None else " or more."),
+            "Leave it out, or use --schedule async with 1 or more.",
+        )
+
+
 def over_sampling_must_cover_the_batch(options: RolloutOptions) -> None:
     if options.over_sampling_batch_size < options.rollout_batch_size:
         raise OptionError(
@@ -57,6 +70,24 @@ def over_sampling_must_cover_the_batch(options: RolloutOptions) -> None:
             options.over_sampling_batch_size,
             f"it is below --rollout-batch-size {options.rollout_batch_size}.",
             f"Use {options.rollout_batch_size} or more, or leave it out.",
+        )
+
+
+def partial_rollouts_must_fit(options: RolloutOptions) -> None:
+    if options.partial_rollout and options.schedule != "sync":
+        raise OptionError(
+            "--partial-rollout",
+            True,
+            f"with --schedule {options.schedule} a continued sample could be older than --max-staleness allows, and "
+            "rollouts that overlap would interrupt each other.",
+            "Use --schedule sync; or leave it out, as those schedules do not wait for the longest response either.",
+        )
+    if options.mask_offpolicy_in_partial_rollout and not options.partial_rollout:
+        raise OptionError(
+            "--mask-offpolicy-in-partial-rollout",
+            True,
+            "without --partial-rollout every sample is written in one rollout, and nothing of it is masked.",
+            "Give --partial-rollout too, or leave it out.",
         )
 
 
@@ -155,8 +186,23 @@ def check_engine(config: Config) -> None:
         OptionError: naming what works.
     """
     cluster, sglang, rollout = config.cluster, config.sglang, config.rollout
+    if config.algorithm.true_on_policy:
+        _true_on_policy_needs_one_process(config)
+    if rollout.schedule != "sync" and not (cluster.rollout_num_gpus or sglang.rollout_external_engine_addrs):
+        raise OptionError(
+            "--schedule",
+            rollout.schedule,
+            "one set of weights cannot sample and be trained at the same time.",
+            "Give sampling GPUs of its own with --rollout-num-gpus, or use --schedule sync.",
+        )
     if rollout.rollout_engine == "embedded":
-        _needs_servers("--rollout-num-gpus", cluster.rollout_num_gpus)
+        if cluster.rollout_num_gpus and cluster.rollout_num_gpus_per_engine > 1:
+            raise OptionError(
+                "--rollout-num-gpus-per-engine",
+                cluster.rollout_num_gpus_per_engine,
+                "a copy of the model that the embedded engine samples with lies on one GPU.",
+                "Use 1, or --rollout-engine sglang.",
+            )
         _needs_servers("--rollout-external-engine-addrs", " ".join(sglang.rollout_external_engine_addrs))
         return
     if not sglang.sglang_python and not sglang.rollout_external_engine_addrs:
@@ -166,7 +212,7 @@ def check_engine(config: Config) -> None:
             "servers have to be started.",
             "Give the Python of the environment that SGLang is installed in, or --rollout-external-engine-addrs.",
         )
-    num_gpus = cluster.rollout_num_gpus or cluster.actor_num_gpus_per_node
+    num_gpus = cluster.rollout_num_gpus or cluster.num_ranks
     if not sglang.rollout_external_engine_addrs and num_gpus % cluster.rollout_num_gpus_per_engine:
         raise OptionError(
             "--rollout-num-gpus-per-engine",
@@ -182,14 +228,41 @@ def check_engine(config: Config) -> None:
             "SGLang does not say which tokens it chose from, so the trainer could not renormalise over them.",
             "Leave it out, or sample with --rollout-engine embedded.",
         )
-    transport = config.weight_sync.update_weight_transport
-    if cluster.actor_num_gpus_per_node > 1 and transport in ("nccl", "tensor"):
-        raise OptionError(
-            "--update-weight-transport",
-            transport,
-            "weights that are divided over processes go to servers by disk.",
-            "Use disk, or leave it out.",
-        )
+
+
+def _true_on_policy_needs_one_process(config: Config) -> None:
+    """Only there do sampler and trainer run the same layers over the same whole weights."""
+    cluster, sglang, engine = config.cluster, config.sglang, config.rollout.rollout_engine
+    refused = [
+        ("--rollout-engine", engine, engine != "embedded", "its sampler is another program with kernels of its own."),
+        (
+            "--rollout-external-engine-addrs",
+            " ".join(sglang.rollout_external_engine_addrs),
+            bool(sglang.rollout_external_engine_addrs),
+            "servers have kernels of their own.",
+        ),
+        (
+            "--rollout-num-gpus",
+            cluster.rollout_num_gpus,
+            bool(cluster.rollout_num_gpus),
+            "copies of the weights on other GPUs do not compute exactly yet.",
+        ),
+        (
+            "--actor-num-gpus-per-node",
+            cluster.num_ranks,
+            cluster.num_ranks > 1,
+            "sums over tensor-, context-, expert- or data-parallel ranks are not shown to keep every bit.",
+        ),
+        ("--cluster", "ray", cluster.uses_ray, "ranks on other machines do not compute exactly yet."),
+    ]
+    for flag, value, is_refused, reason in refused:
+        if is_refused:
+            raise OptionError(
+                flag,
+                value,
+                f"with --true-on-policy, {reason}",
+                "Leave out --true-on-policy, or train in one process that samples with --rollout-engine embedded.",
+            )
 
 
 def _needs_servers(flag: str, value: object) -> None:

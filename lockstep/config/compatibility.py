@@ -107,8 +107,6 @@ def _never(
     return [SlimeFlag(flag, Status.NEVER, why, use, words, works=neutral) for flag in flags]
 
 
-_ONE_MACHINE = "training over several machines is not there yet."
-_USE_ONE_MACHINE = "Use 1 (or leave it out): --actor-num-gpus-per-node counts the GPUs of this machine."
 _NO_ROUTER = "a router is not there yet: requests go straight to the servers, which are all alike."
 _USE_NO_ROUTER = "Leave it out; --rollout-external-engine-addrs names servers of your own."
 _SENT_WHOLE = "weights are sent whole, and nothing of them is kept on the way."
@@ -121,25 +119,26 @@ _OWN_MODEL = "the loss and the model are not Megatron's, so Megatron's hooks hav
 
 SECTIONS: dict[str, list[SlimeFlag]] = {
     "Cluster": [
-        *_later("--actor-num-nodes", why=_ONE_MACHINE, use=_USE_ONE_MACHINE, works=1),
+        *_same("--actor-num-nodes", note="Above 1 with Ray: docs/multi-node.md."),
         *_same("--actor-num-gpus-per-node",
                note="Defaults to 1 (slime: 8). Each GPU has a process; with `--device cpu` there are only processes."),
-        *_same("--rollout-num-gpus", note="For `--rollout-engine sglang`; without it servers share training's GPUs."),
+        *_same("--rollout-num-gpus", note="Of servers, or of copies of the model for the embedded engine."),
         *_same("--rollout-num-gpus-per-engine", note="For `--rollout-engine sglang`."),
         *_accepted("--num-gpus-per-node", why="`--actor-num-gpus-per-node` says how many are used."),
         SlimeFlag(
             "--colocate",
             Status.ACCEPTED,
-            "rollout and training share their device, unless `--rollout-num-gpus` gives servers GPUs of their own.",
-            "Leave it out, and give --rollout-engine sglang with --rollout-num-gpus.",
+            "rollout and training share their device, unless `--rollout-num-gpus` gives sampling GPUs of its own.",
+            "Leave it out, and give --rollout-num-gpus.",
             "none",
             works=(True,),
         ),
         *_accepted(
-            "--offload", "--offload-train", "--offload-rollout",
+            "--offload", "--offload-train",
             words="none",
-            why="there is one copy of the weights, so nothing is swapped between rollout and training.",
+            why="the embedded engine has no weights of its own; SGLang's servers release theirs (`--offload-rollout`).",
         ),
+        *_same("--offload-rollout", note="For `--rollout-engine sglang` on training's GPUs; on by default."),
         *_accepted("--distributed-backend", why="it is NCCL between GPUs and gloo between CPU processes."),
         *_same("--distributed-timeout-minutes", note="Defaults to 30 (slime: 10)."),
         *_never("--train-env-vars", why="all processes of a run have the shell's environment.",
@@ -187,9 +186,8 @@ SECTIONS: dict[str, list[SlimeFlag]] = {
         *_same("--num-rollout", "--start-rollout-id"),
         *_same("--num-epoch", note="The rows that do not fill a rollout are carried over into the next epoch."),
         *_same("--over-sampling-batch-size", "--dynamic-sampling-filter-path"),
-        *_later("--partial-rollout", "--mask-offpolicy-in-partial-rollout", words="none",
-                why="continuing an aborted sample in the next rollout is not there yet.",
-                use="Leave it out: every sample is finished in its own rollout."),
+        *_same("--partial-rollout", "--mask-offpolicy-in-partial-rollout",
+               note="docs/rollouts.md. When a filter drops groups, the interrupted ones go on in the same rollout."),
         *_same("--buffer-filter-path", "--rollout-sample-hook-path", "--rollout-sample-filter-path"),
         *_same("--rollout-all-samples-process-path"),
         *_same("--rollout-data-postprocess-path",
@@ -308,7 +306,9 @@ SECTIONS: dict[str, list[SlimeFlag]] = {
         *_accepted("--custom-update-weight-post-write-path", why=_SENT_WHOLE),
     ],
     "SGLang and router": [
-        *_later("--sglang-config", "--sglang-router-ip", "--sglang-router-port", why=_NO_ROUTER, use=_USE_NO_ROUTER),
+        *_later("--sglang-config", why=_NO_ROUTER, use=_USE_NO_ROUTER),
+        *_same("--sglang-router-ip", "--sglang-router-port",
+               note="Where Lockstep's own endpoint is opened (slime: where a router is found); see docs/serve.md."),
         *_accepted("--sglang-server-concurrency",
                    why="engines admit by `--rollout-max-running-requests` (embedded) or "
                    "`--sglang-max-running-requests`."),
@@ -323,8 +323,10 @@ SECTIONS: dict[str, list[SlimeFlag]] = {
         *_same("--decoder-first-pipeline-num-layers", "--decoder-last-pipeline-num-layers"),
         *_accepted("--sequence-parallel", words="none",
                    why="it is always on where --tensor-model-parallel-size is above 1, and means nothing elsewhere."),
-        *_accepted("--recompute-granularity", why="full recomputes every layer, selective none, with equal results."),
+        *_accepted("--recompute-granularity",
+                   why="selective recomputes all but attention (Megatron: what is named), with equal results."),
         *_accepted("--recompute-method", "--recompute-num-layers", why="every layer is recomputed on its own."),
+        *_accepted("--recompute-modules", words="many", why="selective recomputes all but attention."),
         *_same("--optimizer", refused={"sgd": "only adam is there."}, remedy="Use adam."),
         *_same(
             "--lr-decay-style",
@@ -439,7 +441,10 @@ SECTIONS: dict[str, list[SlimeFlag]] = {
 FLAGS: dict[str, SlimeFlag] = {entry.name: entry for entries in SECTIONS.values() for entry in entries}
 """Every classified flag by its name with underscores."""
 
-ALIASES: dict[str, str] = {"use_gated_attention": "attention_output_gate"}
+ALIASES: dict[str, str] = {
+    "use_gated_attention": "attention_output_gate",
+    "true_on_policy_mode": "true_on_policy",
+}
 """Other spellings of an option."""
 
 SHORTHANDS: dict[str, tuple[str, str]] = {"bf16": ("params_dtype", "bfloat16")}

@@ -64,7 +64,8 @@ A flag that is in neither list is an error that names the closest one.
 - **SGLang's arguments** (`--sglang-NAME`, `--router-NAME`, any name) are kept in the config. With `--rollout-engine
   sglang` the former reach the servers ([sglang.md](sglang.md)); there is no router. The embedded engine, which is the
   default, reads `--sglang-mem-fraction-static` (on a GPU, the share of the memory beside the model that its KV cache
-  may take); a run lists the others as not used.
+  may take), `--sglang-chunked-prefill-size`, `--sglang-cuda-graph-bs` (batch sizes of decoding that are captured) and
+  `--sglang-disable-cuda-graph`; a run lists the others as not used.
 
 <!-- Made from lockstep/config/compatibility.py by `python -m lockstep.config.docs`; change it there. -->
 """

@@ -60,6 +60,11 @@ class RolloutOptions(OptionGroup):
     """First rollout's number. Default: the checkpoint's next one, or 0."""
     over_sampling_batch_size: Count = Field(default_factory=lambda data: data.get("rollout_batch_size", 1))
     """Prompts requested at a time while a filter drops groups, at least rollout_batch_size (the default)."""
+    partial_rollout: bool = False
+    """Interrupt what is still being written when rollout_batch_size groups are complete; the next rollout goes on with
+    it. Without it the groups that were drawn first are trained on, however long they take."""
+    mask_offpolicy_in_partial_rollout: bool = False
+    """Hide from the loss what earlier rollouts have written of a sample that is continued."""
     dynamic_sampling_filter_path: str | None = None
     """Function `(args, samples) -> DynamicFilterOutput | bool` that keeps or drops a finished group."""
     buffer_filter_path: str | None = None
@@ -99,6 +104,11 @@ class RolloutOptions(OptionGroup):
     """YAML file with values of your own, which hooks read as `args.NAME`. Names of options are refused."""
     rollout_engine: Literal["embedded", "sglang"] = "embedded"
     """Who samples: our engine, on the trainer's own parameters, or SGLang's servers (docs/sglang.md)."""
+    schedule: Literal["sync", "one-step-off", "async"] = "sync"
+    """What is sampled beside training, on GPUs of its own: nothing; the next rollout; or as many as max_staleness
+    allows, where new weights reach samples in the middle. slime: train_async.py is one-step-off."""
+    max_staleness: Index | None = None
+    """Rollouts by which training may be ahead of the oldest token in a batch. Default: 0, 1 or 2, by schedule."""
     rollout_block_size: Count = 16
     """Tokens per block of the embedded engine's KV cache."""
     rollout_max_running_requests: Count = 256
@@ -109,7 +119,9 @@ class RolloutOptions(OptionGroup):
     @model_validator(mode="after")
     def _check(self) -> RolloutOptions:
         checks.batches_must_divide(self)
+        checks.staleness_must_fit_the_schedule(self)
         checks.over_sampling_must_cover_the_batch(self)
+        checks.partial_rollouts_must_fit(self)
         checks.a_sample_must_fit(self)
         checks.sampling_values_must_mean_something(self)
         return self
@@ -120,6 +132,13 @@ class RolloutOptions(OptionGroup):
         if self.rollout_max_prompt_len is None and self.rollout_max_context_len is not None:
             return self.rollout_max_context_len - 1
         return self.rollout_max_prompt_len
+
+    @property
+    def staleness_bound(self) -> int:
+        """max_staleness, whether it was given or follows from the schedule."""
+        if self.max_staleness is None:
+            return {"sync": 0, "one-step-off": 1, "async": 2}[self.schedule]
+        return self.max_staleness
 
     @property
     def samples_per_rollout(self) -> int:

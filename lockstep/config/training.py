@@ -63,6 +63,9 @@ class AlgorithmOptions(OptionGroup):
     """Route the training forward through the experts chosen when the old log-probs were computed (R2)."""
     use_rollout_routing_replay: bool = False
     """Route the trainer's forwards through the experts that the sampler chose (R3)."""
+    true_on_policy: bool = False
+    """Give every token the same bits in sampling and in training, whatever is computed beside it. A step in which a
+    log-prob of the two differs at all stops the run. For Qwen3 and Qwen3-MoE in one process; slower."""
     logprob_diff_limit: Positive = 1.0
     """Stop when the mean absolute difference of the trainer's and the sampler's log-probs exceeds this."""
 
@@ -205,7 +208,8 @@ class BatchingOptions(OptionGroup):
     log_probs_chunk_size: Annotated[int, Field(ge=-1)] = -1
     """Tokens per chunk of the fused log-probs; -1 chooses."""
     recompute_granularity: Literal["full", "selective"] | None = None
-    """Recompute every layer in backward to save memory (full). selective is accepted and recomputes nothing."""
+    """Recompute every layer in backward to save memory. selective keeps what attention found (on a Hopper GPU in bf16,
+    without context parallelism) and recomputes the rest of the layer."""
     backward_order: Literal["micro-batch", "layer"] = "micro-batch"
     """Finish one micro-batch after the other, or one layer after the other for all micro-batches (layer). By layer,
     gradients add up in fp32 one layer at a time, whatever main_grads_dtype; activations are recomputed, and the inputs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import functools
 import json
 import os
@@ -15,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 
 from lockstep.rollout import current_policy
@@ -103,6 +105,24 @@ async def two_turns(args: Any, sample: Sample, sampling_params: dict[str, Any]) 
     return sample
 
 
+async def over_http(args: Any, sample: Sample, sampling_params: dict[str, Any]) -> Sample:
+    """As slime's functions do: ask the router for everything. The port that was free is known to the policy only."""
+    policy = current_policy()
+    policy.start(sample)
+    body = {"input_ids": sample.tokens, "sampling_params": sampling_params, "return_routed_experts": True}
+    async with httpx.AsyncClient(timeout=60) as client:
+        reply = (await client.post(f"{policy.url}/generate", json=body)).raise_for_status().json()
+    meta = reply["meta_info"]
+    log_probs = [entry[0] for entry in meta["output_token_logprobs"]]
+    sample.append_response_tokens(
+        args, tokens=reply["output_ids"], log_probs=log_probs, text=reply["text"], meta_info=meta
+    )
+    sample.weight_versions = [meta["weight_version"]] * sample.response_length
+    layers_and_experts = np.frombuffer(base64.b64decode(meta["routed_experts"]), dtype=np.int32)
+    sample.rollout_routed_experts = layers_and_experts.reshape(len(sample.tokens) - 1, -1, 2)
+    return sample
+
+
 async def groups_only(args: Any, rollout_id: int, data_source: Any, evaluation: bool = False) -> Any:
     """A rollout function in slime's older form: plain groups."""
     return (await generate_rollout(args, rollout_id, data_source)).samples
@@ -183,6 +203,16 @@ def record(name: str, values: Any) -> None:
 
 def at_sample(args: Any, sample: Sample, *, rollout_id: int, evaluation: bool) -> None:
     strike("eval" if evaluation else "rollout", rollout_id)
+
+
+def another_bit(args: Any, sample: Sample, *, rollout_id: int, evaluation: bool) -> None:
+    """The third log-prob moves to the next number that fp32 has."""
+    assert sample.rollout_log_probs is not None
+    sample.rollout_log_probs[2] = float(np.nextafter(np.float32(sample.rollout_log_probs[2]), np.float32(-100.0)))
+
+
+def at_train(args: Any, rollout_id: int, rollout_data: Any) -> None:
+    strike("train", rollout_id)
 
 
 def two_of_three(args: Any, samples: list[Sample]) -> DynamicFilterOutput:

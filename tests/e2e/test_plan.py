@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from e2e_runs import Workshop, flags, load_prepare, run
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "quickstart"
@@ -30,6 +31,8 @@ def test_a_run_logs_its_peaks_beside_the_plans(workshop: Workshop, tmp_path: Pat
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     phases = {phase["name"]: phase["host_bytes"] / 2**30 for phase in planned["phases"]}
     assert last["perf/memory_host_predicted/train"] == max(phases["backward"], phases["optimizer"])
-    assert 0.2 < last["perf/memory_host/train"] < 3, "torch alone takes 0.2 GiB"
+    # Almost all of it is torch and its libraries, whose versions differ in size by some tens of MB of these 500.
+    for phase in ("rollout", "train"):
+        assert last[f"perf/memory_host/{phase}"] == pytest.approx(last[f"perf/memory_host_predicted/{phase}"], rel=0.15)
     (line,) = [line for line in done.stderr.splitlines() + done.stdout.splitlines() if "host memory, highest" in line]
     assert all(f" {phase} " in line for phase in ("load", "rollout", "train", "save"))

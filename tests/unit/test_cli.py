@@ -57,7 +57,7 @@ def test_help_lists_the_commands(capsys):
     listed = [
         line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  ") and line[2] != "-"
     ]
-    assert listed == ["train", "eval", "plan", "convert", "report", "bench", "doctor"]
+    assert listed == ["train", "eval", "serve", "plan", "convert", "launch", "report", "bench", "doctor"]
 
 
 def test_the_help_of_train_is_grouped(capsys):

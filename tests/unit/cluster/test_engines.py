@@ -63,6 +63,66 @@ def test_samples_of_a_prompt_share_a_rank_and_new_prompts_go_to_the_idlest(group
     assert len(ranks) == len(streams)
 
 
+def ranks_of(group: WorkerGroup, waves: list[list[tuple[int, int, int]]], *, together: bool) -> list[list[int]]:
+    """The ranks of waves of requests, (session, tokens of the prompt, tokens to come) each; one wave after another."""
+
+    async def one(engine: GroupEngine, session: int, num_prompt: int, num_new: int) -> int:
+        answer = await engine.generate([1] * num_prompt, SamplingParams(max_new_tokens=num_new), (0, 0, session))
+        return answer.token_ids[0]
+
+    found: list[list[int]] = []
+
+    async def work(engine: GroupEngine) -> None:
+        for wave in waves:
+            found.append(list(await asyncio.gather(*(one(engine, *request) for request in wave))))
+
+    sampled(group, work, together=together)
+    return found
+
+
+def test_a_new_session_goes_to_the_rank_with_the_fewest_tokens(group: WorkerGroup, together: bool) -> None:
+    """One long prompt weighs as much as three short ones."""
+    wave = [(0, 90, 10), (1, 5, 30), (2, 5, 30), (3, 5, 30), (4, 5, 30)]
+    assert ranks_of(group, [wave], together=together) == [[0, 1, 1, 1, 0]]
+
+
+def test_a_session_stays_on_its_rank_and_work_that_is_done_counts_no_more(group: WorkerGroup, together: bool) -> None:
+    waves = [[(0, 5, 5), (1, 90, 90)], [(1, 5, 5), (2, 50, 50), (3, 5, 5)]]
+    assert ranks_of(group, waves, together=together) == [[0, 1], [1, 0, 1]]
+
+
+def test_what_is_done_counts_no_more_beside_what_is_not_where_ranks_are_at_the_same_step(
+    group: WorkerGroup, together: bool
+) -> None:
+    """Ranks that go on by themselves are done by the clock: there it counts until nothing is under way."""
+
+    async def work(engine: GroupEngine) -> None:
+        endless = asyncio.create_task(engine.generate([8 if together else 7], PARAMS, (0, 0, 0)))
+        long = await engine.generate([1] * 90, SamplingParams(max_new_tokens=90), (0, 0, 1))
+        late = await engine.generate([1, 1], PARAMS, (0, 0, 2))
+        assert (long.token_ids, late.token_ids) == ([1], [1 if together else 0])
+        endless.cancel()
+        await asyncio.gather(endless, return_exceptions=True)
+
+    sampled(group, work, together=together)
+
+
+def test_all_requests_are_ended_at_once_with_what_they_have(group: WorkerGroup, together: bool) -> None:
+    async def work(engine: GroupEngine) -> None:
+        endless = [8 if together else 7]
+        calls = [asyncio.create_task(engine.generate(endless, PARAMS, (0, 0, session, 0))) for session in range(4)]
+        for _ in range(30):
+            await asyncio.sleep(0)
+        late = asyncio.create_task(engine.generate(endless, PARAMS, (0, 0, 9, 0)))
+        await asyncio.sleep(0)
+        await engine.abort_all()
+        answers = await asyncio.wait_for(asyncio.gather(*calls, late), 10)
+        assert [answer.token_ids for answer in answers] == [[0], [1], [0], [1], []]
+        assert answers[-1].finish_reason == "abort"
+
+    sampled(group, work, together=together)
+
+
 def test_a_follow_up_joins_the_next_step_on_the_same_rank(group: WorkerGroup, together: bool) -> None:
     async def two_turns(engine: GroupEngine, sample: int) -> None:
         await engine.generate([1], PARAMS, (0, 0, 5, sample))

@@ -38,7 +38,7 @@ def group() -> Iterator[WorkerGroup]:
 
 
 def processes(group: WorkerGroup) -> list[int]:
-    return [worker.process.pid for worker in group._workers]
+    return [worker.started.process.pid for worker in group._workers]
 
 
 def test_answers_come_in_rank_order_and_news_during_the_call(group: WorkerGroup) -> None:
@@ -141,7 +141,7 @@ def test_ranks_end_with_their_controller(tmp_path: Path) -> None:
     script = (
         "import os, sys; from group_targets import Target; from lockstep.cluster.group import WorkerGroup\n"
         "group = WorkerGroup(2, Target, ('hello',), timeout_s=60.0); group.wait_for_start()\n"
-        f"open({str(tmp_path / 'pids')!r}, 'w').write(' '.join(str(w.process.pid) for w in group._workers))\n"
+        f"open({str(tmp_path / 'pids')!r}, 'w').write(' '.join(str(w.started.process.pid) for w in group._workers))\n"
         "os.kill(os.getpid(), 9)"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}

@@ -93,7 +93,7 @@ same      --global-batch-size 256
 same      --eval-prompt-data aime /root/aime-2024/aime-2024.jsonl
 same      --n-samples-per-eval-prompt 16
 same      --eval-max-response-len 16384
-one       --actor-num-nodes 1
+same      --actor-num-nodes 1
 same      --tensor-model-parallel-size 4
 same      --pipeline-model-parallel-size 1
 same      --context-parallel-size 1
@@ -143,7 +143,7 @@ same      --global-batch-size 64
 same      --eval-prompt-data aime /root/aime-2024/aime-2024.jsonl
 same      --n-samples-per-eval-prompt 8
 same      --eval-max-response-len 32768
-stops     --actor-num-nodes 4
+same      --actor-num-nodes 4
 same      --tensor-model-parallel-size 2
 same      --pipeline-model-parallel-size 4
 same      --decoder-last-pipeline-num-layers 9
