@@ -11,11 +11,11 @@ from real_servers import INSTALLED
 E2E = Path(__file__).parents[1] / "e2e" / "e2e_runs.py"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Without .venv-sglang, which scripts/setup_sglang makes, there is no server to test with."""
-    for item in items:
-        if not INSTALLED and Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.skip(reason="run scripts/setup_sglang first"))
+@pytest.fixture(scope="session", autouse=True)
+def environment() -> None:
+    """There is a server to test with."""
+    if not INSTALLED:
+        pytest.fail("run scripts/setup_sglang first, or leave these tests out: scripts/test --without-sglang")
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from threading import Thread
 
 import psutil
 import pytest
-from real_servers import engine_of, load, score, start_fleet
+from real_servers import START_S, engine_of, load, score, start_fleet
 
 from lockstep.models import LanguageModel
 from lockstep.rollout.engine import Generation, SamplingParams
@@ -66,7 +66,7 @@ def rollout_with(engine: SGLangEngine, fault: object) -> list[Generation]:
         await engine.drain()
         return generations
 
-    return asyncio.run(asyncio.wait_for(run(), 500))
+    return asyncio.run(asyncio.wait_for(run(), START_S))
 
 
 def assert_each_is_answered_under_version_3(model: LanguageModel, generations: list[Generation]) -> None:
@@ -112,12 +112,30 @@ def test_a_server_that_ended_between_rollouts_is_back_for_the_next_one(
 
 
 def test_a_hung_server_is_found_by_its_health_and_replaced(fleet: ServerFleet, model: LanguageModel) -> None:
-    engine = engine_of(fleet, health_interval_s=2.0, health_timeout_s=10.0)
+    engine = engine_of(fleet, health_interval_s=5.0, health_timeout_s=30.0)
     engine.set_version(3)
     before = processes_of(fleet)
     generations = rollout_with(engine, lambda: [process.suspend() for process in before])
     assert_each_is_answered_under_version_3(model, generations)
     assert engine.num_lost == 1
+    psutil.wait_procs(before, timeout=10)
+    assert [process for process in before if process.is_running() and process.status() != "zombie"] == []
+
+
+def test_a_server_that_hangs_when_new_weights_come_is_started_again_with_them(
+    fleet: ServerFleet, model: LanguageModel
+) -> None:
+    engine = engine_of(fleet)
+    before = processes_of(fleet)
+    for process in before:
+        process.suspend()
+    patience, fleet.health_timeout_s = fleet.health_timeout_s, 5.0
+    try:
+        engine.set_version(3)
+    finally:
+        fleet.health_timeout_s = patience
+    assert_each_is_answered_under_version_3(model, rollout_with(engine, lambda: None))
+    assert engine.num_resent == 0
     psutil.wait_procs(before, timeout=10)
     assert [process for process in before if process.is_running() and process.status() != "zombie"] == []
 

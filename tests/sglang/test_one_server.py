@@ -10,17 +10,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from real_servers import ask, engine_of, load, score, source_of, start_fleet
+from real_servers import START_S, ask, engine_of, load, score, source_of, start_fleet
+from tiny_models import tiny_trainer
 
 from lockstep.errors import RolloutError
 from lockstep.models import LanguageModel
+from lockstep.models.layers.moe import top_k_experts
 from lockstep.rollout.embedded import EmbeddedEngine
 from lockstep.rollout.engine import Generation, SamplingParams
 from lockstep.rollout.sglang import SGLangEngine
+from lockstep.rollout.sglang.engine import PauseMode
 from lockstep.rollout.sglang.fleet import ServerFleet
+from lockstep.trainer.batch import TrainSample
 from lockstep.weight_sync import BroadcastTransport, DiskTransport, TensorTransport
 
 PROMPTS = [[5, 6, 7, 8, 9], [10, 20, 30], [40, 41, 42, 43, 44, 45, 46]]
+LONG = 120
 CLOSE = 1e-4
 """Both sides compute in fp32; measured differences stay below 1e-5."""
 
@@ -68,6 +73,29 @@ def test_greedy_tokens_log_probs_and_experts_are_those_of_the_embedded_engine(
         assert theirs.weight_versions == ["0"] * 8
 
 
+def test_the_trainer_computes_with_the_experts_that_the_server_chose(engine: SGLangEngine, folders: list[Path]) -> None:
+    """Under other weights, whose router would choose others."""
+    (generation,) = ask(engine, PROMPTS[2:], max_new_tokens=8)
+    served = torch.from_numpy(generation.routed_experts).long()
+
+    def as_served(moe_index: int, probs_TE: torch.Tensor, top_k: int) -> torch.Tensor:
+        return torch.cat([served[:, moe_index], top_k_experts(moe_index, probs_TE[-1:], top_k)])
+
+    other = load(folders[1])
+    expected, _ = score(other, PROMPTS[2], generation.token_ids, as_served)
+    own, _ = score(other, PROMPTS[2], generation.token_ids)
+    sample = TrainSample(
+        tokens=PROMPTS[2] + generation.token_ids,
+        response_length=8,
+        loss_mask=[1] * 8,
+        rollout_log_probs=generation.log_probs,
+        routed_experts=generation.routed_experts,
+    )
+    (result,) = tiny_trainer(other, routing="rollout").log_probs([sample])
+    assert result.log_probs.tolist() == pytest.approx(expected.tolist(), abs=CLOSE)
+    assert (own - expected).abs().max() > 100 * CLOSE
+
+
 def test_log_probs_are_after_temperature(engine: SGLangEngine, model: LanguageModel) -> None:
     (generation,) = ask(engine, PROMPTS[:1], max_new_tokens=8, temperature=0.5)
     tokens = torch.tensor(PROMPTS[0] + generation.token_ids)
@@ -101,9 +129,9 @@ def test_abort_hands_back_what_there_is(engine: SGLangEngine, model: LanguageMod
         await engine.drain()
         return generations
 
-    generations = asyncio.run(asyncio.wait_for(aborted(), 120))
+    generations = asyncio.run(asyncio.wait_for(aborted(), START_S))
     partial = [generation for generation in generations if generation.finish_reason == "abort"]
-    assert any(0 < len(generation.token_ids) < 120 for generation in partial)
+    assert any(0 < len(generation.token_ids) < LONG for generation in partial)
     assert engine.num_lost == 0
     for generation in generations:
         expected, _ = score(model, PROMPTS[0], generation.token_ids)
@@ -119,13 +147,96 @@ def test_cancelled_requests_leave_the_server(engine: SGLangEngine) -> None:
         await engine.drain()
         return await is_busy(engine)
 
-    assert asyncio.run(asyncio.wait_for(cancelled(), 120)) is False
+    assert asyncio.run(asyncio.wait_for(cancelled(), START_S)) is False
     assert engine.num_lost == 0
+
+
+def updated_in_mid_rollout(engine: SGLangEngine, model: LanguageModel, folders: list[Path]) -> list[Generation]:
+    """Requests that are under way when version 0 gives way to version 1, whose weights are others."""
+
+    async def run() -> list[Generation]:
+        tasks = await many_under_way(engine)
+        model.load_state_dict(load(folders[1]).state_dict())
+        engine.set_version(1)
+        generations = list(await asyncio.gather(*tasks))
+        await engine.drain()
+        return generations
+
+    try:
+        return asyncio.run(asyncio.wait_for(run(), START_S))
+    finally:
+        model.load_state_dict(load(folders[0]).state_dict())
+        engine.set_version(2)
+
+
+def test_requests_under_way_go_on_under_new_weights_and_every_token_names_its_own(
+    fleet: ServerFleet, model: LanguageModel, folders: list[Path], tmp_path: Path
+) -> None:
+    fleet.transport = TRANSPORTS["tensor"](tmp_path)
+    engine = engine_of(fleet, pause_mode="retract")
+    engine.set_version(0)
+    generations = updated_in_mid_rollout(engine, model, folders)
+    models = [load(folder) for folder in folders]
+    mixed = 0
+    for generation in generations:
+        versions = generation.weight_versions
+        num_old = versions.count("0")
+        assert versions == ["0"] * num_old + ["1"] * (len(versions) - num_old)
+        assert len(versions) == LONG or generation.finish_reason == "stop"
+        mixed += 0 < num_old < len(versions)
+        (old, old_routes), (new, new_routes) = (score(m, PROMPTS[0], generation.token_ids) for m in models)
+        expected = old.tolist()[:num_old] + new.tolist()[num_old:]
+        assert generation.log_probs == pytest.approx(expected, abs=CLOSE)
+        # The last old token was read first when the first new one was sampled.
+        num_old_rows = len(PROMPTS[0]) + num_old - 1 if num_old else 0
+        routes = torch.cat([old_routes[:num_old_rows], new_routes[num_old_rows:]])
+        assert generation.routed_experts.tolist() == routes.tolist()  # type: ignore[union-attr]
+    assert mixed > 0
+    assert (engine.num_lost, engine.num_resent) == (0, 0)
+
+
+@pytest.mark.parametrize("pause_mode", ["abort", "finish"])
+def test_requests_under_way_are_handed_back_or_finished_under_the_old_weights(
+    pause_mode: PauseMode, fleet: ServerFleet, model: LanguageModel, folders: list[Path], tmp_path: Path
+) -> None:
+    fleet.transport = TRANSPORTS["tensor"](tmp_path)
+    engine = engine_of(fleet, pause_mode=pause_mode)
+    engine.set_version(0)
+    generations = updated_in_mid_rollout(engine, model, folders)
+    for generation in generations:
+        assert generation.weight_versions == ["0"] * len(generation.token_ids)
+        expected, _ = score(model, PROMPTS[0], generation.token_ids)
+        assert generation.log_probs == pytest.approx(expected.tolist(), abs=CLOSE)
+    aborted = [generation for generation in generations if generation.finish_reason == "abort"]
+    assert any(0 < len(generation.token_ids) < LONG for generation in aborted) == (pause_mode == "abort")
+    assert all(len(g.token_ids) == LONG or g.finish_reason in ("stop", "abort") for g in generations)
+
+
+def test_released_memory_is_filled_again_before_the_next_request(
+    fleet: ServerFleet, model: LanguageModel, tmp_path: Path
+) -> None:
+    """What a CPU cannot show is that memory gets free; here the order of calls has to suit a real server."""
+    fleet.transport = TRANSPORTS["tensor"](tmp_path)
+    engine, freed = engine_of(fleet), []
+    engine.set_version(0)
+    fleet.free_memory = lambda: freed.append(fleet.servers[0].version)
+    try:
+        for _ in range(2):
+            (generation,) = ask(engine, PROMPTS[:1], max_new_tokens=6)
+            expected, _ = score(model, PROMPTS[0], generation.token_ids)
+            assert generation.log_probs == pytest.approx(expected.tolist(), abs=CLOSE)
+            with pytest.raises(RolloutError, match="none of them works"):
+                ask(engine, PROMPTS[:1], max_new_tokens=6)
+            fleet.servers[0].api.post("/weights_checker", {"action": "reset_tensors"})  # lost, as on a GPU
+            engine.set_version(0)
+    finally:
+        fleet.free_memory = None
+    assert freed == [None, None]
 
 
 async def many_under_way(engine: SGLangEngine) -> list[asyncio.Task[Generation]]:
     """Four times what the server runs at once, and it has begun."""
-    params = SamplingParams(max_new_tokens=120)
+    params = SamplingParams(max_new_tokens=LONG)
     tasks = [asyncio.create_task(engine.generate(PROMPTS[0], params, (0, 0, 0, number))) for number in range(32)]
     while not await is_busy(engine):
         assert not all(task.done() for task in tasks), "the server was too fast to be seen working"

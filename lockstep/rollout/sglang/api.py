@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ssl
+import time
+from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import httpx
@@ -10,13 +14,21 @@ from lockstep.errors import RolloutError
 
 CONTROL_S = 120.0
 """What a server gets for an answer when nothing says otherwise."""
+READ_S = 30.0
+"""What it gets to say how it is."""
+_POLL_S = 0.05
 
 
 class ServerApi:
-    """One server by its address."""
+    """One server by its address.
 
-    def __init__(self, url: str) -> None:
+    Args:
+        number: its place among the servers of a run, which says what GPUs it has.
+    """
+
+    def __init__(self, url: str, number: int = 0) -> None:
         self.url = url
+        self.number = number
 
     def post(self, path: str, body: dict[str, Any] | None = None, *, timeout_s: float = CONTROL_S) -> dict[str, Any]:
         """The server's JSON answer; {} for one that is text.
@@ -25,7 +37,7 @@ class ServerApi:
             RolloutError: no answer in time, or a refusal, with the server's own words.
         """
         try:
-            response = httpx.post(self.url + path, json=body or {}, timeout=timeout_s)
+            response = httpx.post(self.url + path, json=body or {}, timeout=timeout_s, verify=_certificates())
             is_json = "json" in response.headers.get("content-type", "")
             answer = response.json() if is_json and response.content else {}
         except (httpx.HTTPError, ValueError) as error:
@@ -34,10 +46,10 @@ class ServerApi:
             raise self.error(path, f"it answered {response.status_code}: {response.text[:500]}")
         return answer if isinstance(answer, dict) else {}
 
-    def get(self, path: str, *, timeout_s: float = 10.0) -> dict[str, Any]:
+    def get(self, path: str, *, timeout_s: float = READ_S) -> dict[str, Any]:
         """As `post`, of what can be read."""
         try:
-            response = httpx.get(self.url + path, timeout=timeout_s)
+            response = httpx.get(self.url + path, timeout=timeout_s, verify=_certificates())
             response.raise_for_status()
             answer: dict[str, Any] = response.json() if response.content else {}
         except (httpx.HTTPError, ValueError) as error:
@@ -47,13 +59,51 @@ class ServerApi:
     def is_healthy(self, timeout_s: float) -> bool:
         """Whether it generates."""
         try:
-            return httpx.get(f"{self.url}/health_generate", timeout=timeout_s).status_code == 200
+            url = f"{self.url}/health_generate"
+            return httpx.get(url, timeout=timeout_s, verify=_certificates()).status_code == 200
         except httpx.HTTPError:
             return False
 
-    def pause(self) -> None:
+    def is_responsive(self, timeout_s: float) -> bool:
+        """Whether its scheduler answers; a paused server's does, which generates nothing."""
+        try:
+            self.num_requests(timeout_s=timeout_s)
+        except RolloutError:
+            return False
+        return True
+
+    def num_requests(self, *, timeout_s: float = READ_S) -> int:
+        """Requests that it computes or keeps waiting."""
+        path = "/v1/loads?include=core"
+        try:
+            loads = self.get(path, timeout_s=timeout_s)["loads"]
+            return sum(int(load["num_running_reqs"]) + int(load["num_waiting_reqs"]) for load in loads)
+        except (KeyError, TypeError, ValueError) as error:
+            raise self.error(path, f"it did not say what it computes ({type(error).__name__}: {error}).") from error
+
+    def wait_until_idle(self, timeout_s: float) -> None:
+        """Return when it computes nothing.
+
+        Raises:
+            RolloutError: it still does after that time, or gives no answer.
+        """
+        deadline = time.monotonic() + timeout_s
+        while (busy := self.num_requests()) > 0:
+            if time.monotonic() > deadline:
+                raise self.error("/v1/loads", f"it still computes {busy} requests after {timeout_s:g} s.")
+            time.sleep(_POLL_S)
+
+    def release_memory(self, tags: Sequence[str]) -> None:
+        """Give this memory of the GPU back until `resume_memory`. It has to be idle."""
+        self.post("/release_memory_occupation", {"tags": list(tags)})
+
+    def resume_memory(self, tags: Sequence[str]) -> None:
+        """Take it again; what the memory held is lost."""
+        self.post("/resume_memory_occupation", {"tags": list(tags)})
+
+    def pause(self, timeout_s: float = CONTROL_S) -> None:
         """End what is under way and forget what is cached; nothing is admitted until `resume`."""
-        self.post("/pause_generation", {"mode": "abort"})
+        self.post("/pause_generation", {"mode": "abort"}, timeout_s=timeout_s)
         self.flush_cache()
 
     def flush_cache(self) -> None:
@@ -69,3 +119,9 @@ class ServerApi:
         return RolloutError(
             f"SGLang server {self.url}{path}", "no success", reason, "Look at the server's log, which says why."
         )
+
+
+@cache
+def _certificates() -> ssl.SSLContext:
+    """Read once: httpx reads them anew for every request, which takes longer than most answers."""
+    return httpx.create_ssl_context()

@@ -3,6 +3,9 @@
 A request's life: `generate` picks a server, `_ask` posts to it straight, `read_generation` checks what comes back. A
 server that dies, hangs or answers garbage is lost: its requests go to others, or wait until `Fleet` has it back with
 the current weights. A request is answered once, by whichever server answered it whole.
+
+New weights may come while requests are under way (`set_version`): they are finished first, handed back with what they
+have, or go on under the new weights, where each token keeps the version, log-prob and experts it was sampled with.
 """
 
 from __future__ import annotations
@@ -14,11 +17,13 @@ import logging
 import time
 import uuid
 from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import replace
+from typing import Literal, Protocol
 
 import httpx
 
 from lockstep.errors import RolloutError
+from lockstep.rollout.continuation import joined, remaining
 from lockstep.rollout.engine import Generation, SamplingParams
 from lockstep.rollout.sglang.api import CONTROL_S, ServerApi
 from lockstep.rollout.sglang.protocol import GarbageAnswer, generate_payload, read_generation, sampling_seed
@@ -28,6 +33,9 @@ logger = logging.getLogger(__name__)
 _MAX_SENDS = 4
 """How often one request is sent before it, not the servers, is what is wrong."""
 _POLL_S = 0.2
+
+PauseMode = Literal["finish", "abort", "retract"]
+"""What becomes of requests that are under way when new weights come."""
 
 
 class Server:
@@ -50,16 +58,37 @@ class Fleet(Protocol):
         """Give all servers the weights of this version, and no cache."""
         ...
 
+    def release(self) -> None:
+        """Until the next `publish` nothing will be asked: servers that share training's GPUs give their memory back."""
+        ...
+
+    @property
+    def is_at_rest(self) -> bool:
+        """False while another thread trains, and `begin_revival` and `admit` have to wait."""
+        ...
+
     def begin_revival(self, server: Server) -> None:
-        """Start a lost server again, with the weights that the others have. Its version is None until it works."""
+        """Start a lost server again, with the newest weights."""
+        ...
+
+    def end(self, server: Server) -> None:
+        """Kill a server that is of no use any more; `publish` starts it again.
+
+        Raises:
+            RolloutError: it is somebody else's.
+        """
         ...
 
     def is_revived(self, server: Server) -> bool:
-        """Whether it works again; its version is set then.
+        """Whether it works again. It may be asked on another thread.
 
         Raises:
             RolloutError: it will not come back.
         """
+        ...
+
+    def admit(self, server: Server) -> None:
+        """See that a server that works again has the newest weights, and set its version."""
         ...
 
     def is_process_alive(self, server: Server) -> bool:
@@ -80,6 +109,7 @@ class SGLangEngine:
         request_timeout_s: after this, the server of an unanswered request counts as lost.
         health_interval_s: how long a server may say nothing before it is asked whether it lives.
         health_timeout_s: how long it may take to say so.
+        pause_mode: of requests that are under way when `set_version` is called.
     """
 
     def __init__(
@@ -91,6 +121,7 @@ class SGLangEngine:
         request_timeout_s: float,
         health_interval_s: float,
         health_timeout_s: float,
+        pause_mode: PauseMode = "finish",
     ) -> None:
         self.fleet = fleet
         self.seed = seed
@@ -98,6 +129,7 @@ class SGLangEngine:
         self.request_timeout_s = request_timeout_s
         self.health_interval_s = health_interval_s
         self.health_timeout_s = health_timeout_s
+        self.pause_mode = pause_mode
         self.num_lost = 0
         """Servers lost so far."""
         self.num_resent = 0
@@ -105,6 +137,10 @@ class SGLangEngine:
         self._server_of: dict[tuple[int, ...], Server] = {}
         self._posts: dict[Server, set[asyncio.Task[httpx.Response]]] = {server: set() for server in fleet.servers}
         self._under_way = 0
+        self._asked: set[str] = set()
+        """Ids of the requests that servers have."""
+        self._interrupted: set[str] = set()
+        """Ids of those that an update has ended, and that go on after it."""
         self._client: httpx.AsyncClient | None = None
         self._watch: asyncio.Task[None] | None = None
         self._revivals: dict[Server, asyncio.Task[None]] = {}
@@ -123,18 +159,27 @@ class SGLangEngine:
 
     async def _generate(self, input_ids: Sequence[int], params: SamplingParams, stream: tuple[int, ...]) -> Generation:
         reasons: list[str] = []
+        written: Generation | None = None
         while len(reasons) < _MAX_SENDS:
             server = await self._pick(stream)
-            tokens = len(input_ids) + params.max_new_tokens
+            api, tokens = server.api, len(input_ids) + params.max_new_tokens
             server.outstanding_tokens += tokens
             try:
-                return await self._ask(server, input_ids, params, stream)
+                asked = (input_ids, params) if written is None else remaining(input_ids, params, written)
+                part, goes_on = await self._ask(server, *asked, stream)
             except (httpx.HTTPError, GarbageAnswer, _Lost) as error:
-                reasons.append(f"{server.api.url}: {type(error).__name__}: {error}")
+                reasons.append(f"{api.url}: {type(error).__name__}: {error}")
                 self.num_resent += 1
-                self._lose(server, reasons[-1])
+                if server.api is api:  # else it was started again meanwhile
+                    self._lose(server, reasons[-1])
+                continue
             finally:
                 server.outstanding_tokens -= tokens
+            written = part if written is None else joined(written, part)
+            if not goes_on:
+                return written
+            if len(written.token_ids) == params.max_new_tokens:
+                return replace(written, finish_reason="length")
         raise RolloutError(
             "SGLang request",
             f"{len(input_ids)} tokens",
@@ -164,7 +209,8 @@ class SGLangEngine:
 
     async def _ask(
         self, server: Server, input_ids: Sequence[int], params: SamplingParams, stream: tuple[int, ...]
-    ) -> Generation:
+    ) -> tuple[Generation, bool]:
+        """What the server has sampled, and whether only new weights have ended it."""
         rid = f"{self._name}-{next(self._numbers)}"
         body = generate_payload(
             input_ids,
@@ -176,6 +222,7 @@ class SGLangEngine:
         url = f"{server.api.url}/generate"
         post = asyncio.ensure_future(self._http().post(url, json=body, timeout=self.request_timeout_s))
         self._posts[server].add(post)
+        self._asked.add(rid)
         try:
             done, _ = await asyncio.wait([post], timeout=self.request_timeout_s)
             if not done or post.cancelled():
@@ -186,6 +233,9 @@ class SGLangEngine:
             raise
         finally:
             self._posts[server].discard(post)
+            self._asked.discard(rid)
+            was_interrupted = rid in self._interrupted
+            self._interrupted.discard(rid)
             post.cancel()
         server.heard_at = time.monotonic()
         if 400 <= response.status_code < 500:
@@ -201,12 +251,13 @@ class SGLangEngine:
             reply = response.json()
         except ValueError as error:
             raise GarbageAnswer(f"no JSON: {response.text[:200]}") from error
-        return read_generation(
+        generation = read_generation(
             reply,
             num_prompt=len(input_ids),
             max_new_tokens=params.max_new_tokens,
             routes_shape=self.routes_shape,
         )
+        return generation, was_interrupted and generation.finish_reason == "abort"
 
     async def abort_all(self) -> None:
         """End every request with what it has: callers get their partial responses."""
@@ -219,7 +270,8 @@ class SGLangEngine:
             await self._http().post(server.api.url + path, json=body, timeout=10.0)
 
     async def drain(self) -> None:
-        """Return when the servers compute nothing for us any more. Lost ones are left to come back."""
+        """Return when the servers compute nothing for us any more, and lost ones are back. They get no more requests
+        before the next `set_version`."""
         while self._farewells:
             await asyncio.wait(self._farewells)
             self._farewells = {task for task in self._farewells if not task.done()}
@@ -236,26 +288,36 @@ class SGLangEngine:
         if self._client is not None:
             await self._client.aclose()
             self._client = None
+        self.fleet.release()
 
     async def _wait_until_idle(self, server: Server) -> None:
-        deadline = time.monotonic() + CONTROL_S
-        while True:
-            try:
-                response = await self._http().get(f"{server.api.url}/v1/loads?include=core", timeout=10.0)
-                loads = response.json()["loads"]
-                busy = sum(load["num_running_reqs"] + load["num_waiting_reqs"] for load in loads)
-            except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
-                return self._lose(server, f"{server.api.url}: {type(error).__name__}: {error}")
-            if not busy:
-                return None
-            if time.monotonic() > deadline:
-                return self._lose(server, f"{server.api.url}: it still computes {busy} requests that were aborted")
-            await asyncio.sleep(_POLL_S)
+        try:
+            await asyncio.to_thread(server.api.wait_until_idle, CONTROL_S)
+        except RolloutError as error:
+            self._lose(server, str(error))
 
     def set_version(self, version: int) -> None:
-        assert not self._under_way, "weights must not change under running requests"
+        """As the protocol says; requests may be under way, and `pause_mode` says what becomes of them."""
+        if self._asked:
+            self._end_requests()
         self._server_of.clear()
         self.fleet.publish(version)
+
+    def _end_requests(self) -> None:
+        """Bring the servers to rest. The event loop stands still meanwhile: answers are read when it goes on."""
+        if self.pause_mode == "retract":
+            self._interrupted |= self._asked
+        for server in self.fleet.servers:
+            if server.version is None:
+                continue
+            try:
+                if self.pause_mode != "finish":
+                    server.api.post("/abort_request", {"abort_all": True}, timeout_s=self.health_timeout_s)
+                server.api.wait_until_idle(self.request_timeout_s if self.pause_mode == "finish" else CONTROL_S)
+            except RolloutError as error:
+                logger.warning("SGLang server lost: %s", error)
+                self.num_lost += 1
+                self.fleet.end(server)
 
     def close(self) -> None:
         self.fleet.close()
@@ -268,6 +330,8 @@ class SGLangEngine:
                 await asyncio.sleep(_POLL_S)
                 for server in self.fleet.servers:
                     if server.version is None:
+                        if (stale := asked.pop(server, None)) is not None:
+                            stale.cancel()  # what it says of a lost server is not true of the one that comes back
                         continue
                     if not self.fleet.is_process_alive(server):
                         self._lose(server, f"{server.api.url}: its process has ended")
@@ -302,10 +366,17 @@ class SGLangEngine:
         self._revivals[server] = asyncio.create_task(self._revive(server))
 
     async def _revive(self, server: Server) -> None:
+        await self._until_rest()
         self.fleet.begin_revival(server)
         while not await asyncio.to_thread(self.fleet.is_revived, server):
             await asyncio.sleep(_POLL_S)
+        await self._until_rest()
+        self.fleet.admit(server)
         server.heard_at = time.monotonic()
+
+    async def _until_rest(self) -> None:
+        while not self.fleet.is_at_rest:
+            await asyncio.sleep(_POLL_S)
 
     def _raise_failed_revivals(self) -> None:
         """Forget the revivals that are over.

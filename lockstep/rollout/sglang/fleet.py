@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +20,9 @@ logger = logging.getLogger(__name__)
 
 _MAX_RESTARTS = 3
 """Of one server between two updates of all."""
+_WEIGHTS = ("weights",)
+_OTHER_MEMORY = ("kv_cache", "cuda_graph")
+"""SGLang's names for what lies in a server's memory; these are needed only when requests come."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,8 @@ class ServerPlan:
 
     def start(self, number: int, model: Path, version: str) -> ServerProcess:
         environment = dict(os.environ)
+        for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):  # training's; servers' memory is SGLang's matter
+            environment.pop(name, None)
         if self.first_gpu is not None:
             begin = self.first_gpu + number * self.gpus_per_server
             visible = _visible_gpus()[begin : begin + self.gpus_per_server]
@@ -49,6 +54,7 @@ class ServerPlan:
             version=version,
             environment=environment,
             log=self.log_folder / f"server-{number}.log",
+            number=number,
         )
 
 
@@ -77,6 +83,9 @@ class ServerFleet:
         hf_folder: the weights of version 0.
         export_folder: where weights are written for servers that start again.
         check_equal: verify every update.
+        health_timeout_s: what a server gets to show that it lives, when an update has failed.
+        free_memory: for servers that share training's GPUs: makes training give back what it only keeps in reserve.
+            With it, `release` takes the servers' memory away until the next `publish`.
     """
 
     def __init__(
@@ -90,6 +99,8 @@ class ServerFleet:
         export_folder: Path,
         start_timeout_s: float,
         check_equal: bool,
+        health_timeout_s: float = 30.0,
+        free_memory: Callable[[], None] | None = None,
     ) -> None:
         self.plan = plan
         self.source = source
@@ -98,11 +109,18 @@ class ServerFleet:
         self.export_folder = export_folder
         self.start_timeout_s = start_timeout_s
         self.check_equal = check_equal
+        self.health_timeout_s = health_timeout_s
+        self.free_memory = free_memory
         self.version: str | None = None
         """What `publish` was last asked for."""
-        self._is_exported = False
+        self._exported: str | None = None
+        """The version of which there is an export."""
         self._loaded: dict[Server, str] = {}
         """What the servers have, as far as we know."""
+        self._released: dict[tuple[str, ...], set[Server]] = {_WEIGHTS: set(), _OTHER_MEMORY: set()}
+        """Those that have given such memory back."""
+        self._reviving: set[Server] = set()
+        """Those that are on their way back, and get the newest weights when they are there."""
         self._members: dict[Server, _Member] = {}
         for number in range(plan.num_servers if plan is not None else 0):
             assert plan is not None
@@ -111,7 +129,7 @@ class ServerFleet:
             self._loaded[self.servers[-1]] = "0"
         for number, address in enumerate(addresses):
             url = address if "://" in address else f"http://{address}"
-            self._add(_Member(number, Server(ServerApi(url.rstrip("/"))), None))
+            self._add(_Member(number, Server(ServerApi(url.rstrip("/"), number)), None))
 
     @property
     def servers(self) -> list[Server]:
@@ -137,63 +155,111 @@ class ServerFleet:
     def publish(self, version: int) -> None:
         """Bring these weights to all servers; none is sent anything before it says that it has them.
 
-        A server of ours that has ended, before or during the update, is started again from these weights.
+        A server of ours that has ended or hangs, before or during the update, is started again from these weights.
+        Servers that are on their way back get them there.
 
         Raises:
             RolloutError: a server cannot be updated.
         """
-        self.version, self._is_exported = str(version), False
+        self.version = str(version)
         for server in self.servers:
             server.version = None
-        self._restart_ended()
+        self._restart(server for server in self._present if not self.is_process_alive(server))
         try:
             self._update(self.version)
-        except RolloutError:
-            if not self._restart_ended():
+        except RolloutError as error:
+            lost = [server for server in self._present if not self._is_responsive(server)]
+            if not lost or any(self._members[server].process is None for server in lost):
                 raise
+            logger.warning("An update of the weights failed and is repeated: %s", error)
+            self._restart(lost)
             self._update(self.version)
-        for server, member in self._members.items():
-            self._open(server)
-            member.num_restarts = 0
+        for server in self._present:
+            self._open(server, self.version)
+            self._members[server].num_restarts = 0
+
+    def release(self) -> None:
+        if self.free_memory is None:
+            return
+        started = time.perf_counter()
+        for server in self._present:
+            if server.version is None:
+                continue
+            server.version = None
+            self._loaded.pop(server, None)
+            for servers in self._released.values():
+                servers.add(server)
+            try:
+                server.api.release_memory(_WEIGHTS + _OTHER_MEMORY)
+            except RolloutError as error:
+                logger.warning("SGLang server lost: %s", error)
+                self.end(server)
+        logger.info("memory of %d servers released in %.2f s", len(self._released[_WEIGHTS]), _since(started))
+
+    @property
+    def _present(self) -> list[Server]:
+        return [server for server in self._members if server not in self._reviving]
 
     def _update(self, version: str) -> None:
-        behind = [server for server in self.servers if self._loaded.get(server) != version or self.check_equal]
-        with _paused(self.servers):
+        behind = [server for server in self._present if self._loaded.get(server) != version or self.check_equal]
+        if self._released[_WEIGHTS] and self.free_memory is not None:
+            self.free_memory()
+        self._resume(_WEIGHTS)
+        with _paused(self._present, self.health_timeout_s):
             if behind:
                 started = time.perf_counter()
                 self.transport.send([server.api for server in behind], self.source, version)
                 logger.info("weights %s sent to %d servers in %.2f s", version, len(behind), _since(started))
             if self.check_equal:
-                verify_equal([server.api for server in behind], self._export(), version)
+                verify_equal([server.api for server in behind], self._export(version), version)
+            self._resume(_OTHER_MEMORY)
 
-    def _restart_ended(self) -> bool:
-        """Start those servers of ours again that have ended, and wait for them; whether there were any."""
-        ended = [server for server in self.servers if not self.is_process_alive(server)]
-        for server in ended:
-            logger.warning("SGLang server %s has ended; it is started again.", server.api.url)
+    def _resume(self, tags: tuple[str, ...]) -> None:
+        """Have it taken again; to ask a server for what it has kills it."""
+        released = self._released[tags]
+        while released:
+            released.pop().api.resume_memory(tags)
+
+    def _restart(self, servers: Iterable[Server]) -> None:
+        """Start servers of ours again, and wait for them."""
+        lost = list(servers)
+        for server in lost:
+            logger.warning("SGLang server %s has ended or hangs; it is started again.", server.api.url)
             self.begin_revival(server)
-        for server in ended:
+        for server in lost:
             process = self._members[server].process
-            assert process is not None, "only our own are known to have ended"
+            assert process is not None, "only our own are started again"
             process.wait_until_ready(self.start_timeout_s)
-        return bool(ended)
+            self._reviving.discard(server)
+
+    def _is_responsive(self, server: Server) -> bool:
+        return self.is_process_alive(server) and server.api.is_responsive(self.health_timeout_s)
+
+    def end(self, server: Server) -> None:
+        process = self._members[server].process
+        if process is None:
+            raise server.api.error("", "it does not answer, and is not ours to start again.")
+        process.kill()
 
     def begin_revival(self, server: Server) -> None:
         member = self._members[server]
         member.deadline = time.monotonic() + self.start_timeout_s
         self.transport.forget()
-        folder = self._weights_folder()
+        self._reviving.add(server)
+        for servers in self._released.values():
+            servers.discard(server)
         if member.process is None:
             return
         assert self.plan is not None
-        assert self.version is not None, "requests are sent after a version is published"
+        version = self._newest()
+        folder = self._weights_folder(version)
         member.process.kill()
         member.num_restarts += 1
         if member.num_restarts > _MAX_RESTARTS:
             raise member.process.error(f"it was lost {member.num_restarts} times under the same weights.")
-        member.process = self.plan.start(member.number, folder, self.version)
+        member.process = self.plan.start(member.number, folder, version)
         server.api = member.process.api
-        self._loaded[server] = self.version
+        self._loaded[server] = version
 
     def is_revived(self, server: Server) -> bool:
         member = self._members[server]
@@ -201,14 +267,27 @@ class ServerFleet:
             reason = f"it did not come back within {self.start_timeout_s:g} s."
             raise member.process.error(reason) if member.process else server.api.error("/health_generate", reason)
         if member.process is not None:
-            if not member.process.is_ready():
-                return False
-        elif not server.api.is_healthy(timeout_s=2.0):
-            return False
-        elif server.api.weight_version() != self.version:
-            self._update_from_disk(server)
-        self._open(server)
-        return True
+            return member.process.is_ready()
+        return server.api.is_healthy(timeout_s=self.health_timeout_s)
+
+    def admit(self, server: Server) -> None:
+        version = self._newest()
+        if server.api.weight_version() != version:
+            with _paused([server], self.health_timeout_s):
+                folder = str(self._weights_folder(version))
+                body = {"model_path": folder, "flush_cache": False, "weight_version": version}
+                server.api.post("/update_weights_from_disk", body, timeout_s=self.start_timeout_s)
+        self._reviving.discard(server)
+        self._open(server, version)
+
+    @property
+    def is_at_rest(self) -> bool:
+        return self.source.is_at_rest()
+
+    def _newest(self) -> str:
+        """The version that training has by now: it may be ahead of the one that was last published."""
+        assert self.version is not None, "requests are sent after a version is published"
+        return self.version if self.source.version is None else str(self.source.version())
 
     def is_process_alive(self, server: Server) -> bool:
         process = self._members[server].process
@@ -217,44 +296,43 @@ class ServerFleet:
     def close(self) -> None:
         """End our own servers; those of others go on."""
         self.transport.close([server.api for server in self.servers if server.version is not None])
-        for member in self._members.values():
-            if member.process is not None:
-                member.process.close()
+        processes = [member.process for member in self._members.values() if member.process is not None]
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.close()
 
-    def _open(self, server: Server) -> None:
+    def _open(self, server: Server, version: str) -> None:
+        """Send it requests from now on."""
         has = server.api.weight_version()
-        if has != self.version:
+        if has != version:
             raise RolloutError(
                 f"SGLang server {server.api.url}",
                 f"weight version {has}",
-                f"it should have version {self.version} now.",
+                f"it should have version {version} now.",
                 "Look at its log; nobody else may update its weights.",
             )
         self._loaded[server] = server.version = has
 
-    def _update_from_disk(self, server: Server) -> None:
-        assert self.version is not None
-        with _paused([server]):
-            body = {"model_path": str(self._weights_folder()), "flush_cache": False, "weight_version": self.version}
-            server.api.post("/update_weights_from_disk", body, timeout_s=self.start_timeout_s)
+    def _weights_folder(self, version: str) -> Path:
+        """A folder with the weights that training has now."""
+        return self.hf_folder.resolve() if version == "0" else self._export(version)
 
-    def _weights_folder(self) -> Path:
-        """A folder with the current weights."""
-        return self.hf_folder.resolve() if self.version == "0" else self._export()
-
-    def _export(self) -> Path:
-        """The current weights as an HF folder."""
-        if not self._is_exported:
+    def _export(self, version: str) -> Path:
+        """The weights that training has now, as an HF folder."""
+        if self._exported != version:
+            assert self.source.export is not None, "this is the controller"
+            self._exported = None
             self.source.export(self.export_folder)
-            self._is_exported = True
+            self._exported = version
         return self.export_folder.resolve()
 
 
 @contextlib.contextmanager
-def _paused(servers: list[Server]) -> Iterator[None]:
+def _paused(servers: list[Server], timeout_s: float) -> Iterator[None]:
     """Nothing under way and nothing cached, as updates need it; afterwards requests are admitted again."""
     for server in servers:
-        server.api.pause()
+        server.api.pause(timeout_s)
     yield
     for server in servers:
         server.api.resume()

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import torch
 
 from lockstep.config import Config
+from lockstep.errors import OptionError, RolloutError
 from lockstep.models import ModelConfig
 from lockstep.rollout.sglang.arguments import known_flags, require_known, server_words
 from lockstep.rollout.sglang.engine import SGLangEngine
 from lockstep.rollout.sglang.fleet import ServerFleet, ServerPlan
 from lockstep.trainer.engine import TrainingEngine
 from lockstep.trainer.local import LocalTrainer
-from lockstep.weight_sync import BroadcastTransport, DiskTransport, TensorTransport, Transport, WeightSource
-from lockstep.weight_sync.broadcast import own_address
+from lockstep.weight_sync import DiskTransport, Transport, WeightSource
+from lockstep.weight_sync.ranks import Ranks, RanksTransport, TransportPlan
 
 
 def open_sglang(
@@ -36,7 +37,10 @@ def open_sglang(
         and (config.algorithm.use_rollout_routing_replay or options.server_args.get("enable_return_routed_experts"))
     )
     external = options.rollout_external_engine_addrs
-    plan = None if external else _plan(config, device, returns_routes=returns_routes)
+    shares_gpus = device.type == "cuda" and not external and config.cluster.rollout_num_gpus is None
+    releases_memory = shares_gpus and config.cluster.offload_rollout
+    plan = None if external else _plan(config, device, returns_routes=returns_routes, releases_memory=releases_memory)
+    transport = _transport(config, trainer, device)
     folder = Path(config.weight_sync.update_weight_disk_dir or Path(config.logging.run_dir) / "sglang" / "weights")
     hf_folder = Path(config.model.hf_checkpoint)
     fleet = ServerFleet(
@@ -45,17 +49,26 @@ def open_sglang(
         source=WeightSource(
             export=lambda target: trainer.export(target, source=hf_folder),
             model=trainer.rollout_weights if isinstance(trainer, LocalTrainer) else None,
+            version=lambda: trainer.version,
+            is_at_rest=lambda: not trainer.is_at_work,
         ),
-        transport=_transport(config, trainer, device, folder),
+        transport=transport or DiskTransport(folder, timeout_s=options.rollout_server_start_timeout),
         hf_folder=hf_folder,
         export_folder=folder,
         start_timeout_s=options.rollout_server_start_timeout,
         check_equal=config.weight_sync.check_weight_update_equal,
+        health_timeout_s=options.rollout_health_check_timeout,
+        free_memory=_free_memory(trainer) if releases_memory else None,
     )
     stack.callback(fleet.close)
     what = f"{len(fleet.servers)} SGLang servers"
     print(f"waiting for {what}, whose log is in {plan.log_folder}" if plan else f"looking for {what}", file=sys.stderr)
-    fleet.wait_until_ready()
+    try:
+        fleet.wait_until_ready()
+    except RolloutError:
+        if plan is not None:  # an argument that it has not got is the likeliest reason, and then the nearest is named
+            require_known(plan.words, known_flags(plan.python))
+        raise
     return SGLangEngine(
         fleet,
         seed=config.data.rollout_seed,
@@ -63,17 +76,27 @@ def open_sglang(
         request_timeout_s=options.rollout_request_timeout,
         health_interval_s=options.rollout_health_check_interval,
         health_timeout_s=options.rollout_health_check_timeout,
+        pause_mode=config.weight_sync.pause_generation_mode,
     )
 
 
-def _plan(config: Config, device: torch.device, *, returns_routes: bool) -> ServerPlan:
+def _plan(config: Config, device: torch.device, *, returns_routes: bool, releases_memory: bool) -> ServerPlan:
     options, cluster = config.sglang, config.cluster
     assert options.sglang_python is not None, "checked before"
     python, tp_size = os.path.abspath(options.sglang_python), cluster.rollout_num_gpus_per_engine
-    words = server_words(options.server_args, tp_size=tp_size)
+    # By itself SGLang reads an fp32 checkpoint as fp16.
+    server_args = {"dtype": config.model.params_dtype} | options.server_args
+    words = server_words(server_args, tp_size=tp_size)
     if returns_routes and "--enable-return-routed-experts" not in words:
         words.append("--enable-return-routed-experts")
-    require_known(words, known_flags(python))
+    if releases_memory:
+        # Training sends no draft weights, so what servers release of them has to come back by itself.
+        kept = ["--enable-draft-weights-cpu-backup"] if "--speculative-algorithm" in words else []
+        words += [word for word in ("--enable-memory-saver", *kept) if word not in words]
+    if not os.access(python, os.X_OK):
+        raise OptionError(
+            "--sglang-python", python, "it is no program.", "Give the Python of the environment that has SGLang."
+        )
     is_separate = cluster.rollout_num_gpus is not None
     return ServerPlan(
         python=python,
@@ -86,24 +109,37 @@ def _plan(config: Config, device: torch.device, *, returns_routes: bool) -> Serv
     )
 
 
-def _transport(config: Config, trainer: TrainingEngine, device: torch.device, folder: Path) -> Transport:
-    options, tp_size = config.weight_sync, config.cluster.rollout_num_gpus_per_engine
-    external = config.sglang.rollout_external_engine_addrs
-    timeout_s = config.sglang.rollout_server_start_timeout
-    shares_device = not external and (device.type == "cpu" or config.cluster.rollout_num_gpus is None)
+def _transport(config: Config, trainer: TrainingEngine, device: torch.device) -> Transport | None:
+    """None for a folder on disk."""
+    options, cluster = config.weight_sync, config.cluster
+    is_here = not config.sglang.rollout_external_engine_addrs and cluster.actor_num_nodes == 1
+    shares_device = is_here and (device.type == "cpu" or cluster.rollout_num_gpus is None)
     kind = options.update_weight_transport or ("tensor" if shares_device else "nccl")
-    if kind == "disk" or not isinstance(trainer, LocalTrainer):
-        return DiskTransport(folder, timeout_s=timeout_s)
-    if kind == "tensor":
-        return TensorTransport(bucket_bytes=options.update_weight_buffer_size, tp_size=tp_size, timeout_s=timeout_s)
-    return BroadcastTransport(
+    if kind == "disk":
+        return None
+    plan = TransportPlan(
+        kind=kind,
         backend="nccl" if device.type == "cuda" else "gloo",
         bucket_bytes=options.update_weight_buffer_size,
-        tp_size=tp_size,
-        host=own_address([_host(address) for address in external] or ["127.0.0.1"]),
-        timeout_s=timeout_s,
+        tp_size=cluster.rollout_num_gpus_per_engine,
+        timeout_s=config.sglang.rollout_server_start_timeout,
     )
+    return plan.make() if isinstance(trainer, LocalTrainer) else RanksTransport(_ranks_of(trainer), plan)
 
 
-def _host(address: str) -> str:
-    return urlsplit(address if "://" in address else f"//{address}").hostname or address
+def _free_memory(trainer: TrainingEngine) -> Callable[[], None]:
+    """What makes training give back GPU memory that only lies in reserve."""
+    if isinstance(trainer, LocalTrainer):
+        return torch.cuda.empty_cache
+    ranks = _ranks_of(trainer)
+
+    def free() -> None:
+        ranks.call("weights", "free_memory")
+
+    return free
+
+
+def _ranks_of(trainer: TrainingEngine) -> Ranks:
+    """The processes of a divided trainer."""
+    ranks: Ranks = trainer.group  # type: ignore[attr-defined]
+    return ranks

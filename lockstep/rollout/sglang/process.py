@@ -32,6 +32,7 @@ class ServerProcess:
         python: the interpreter of SGLang's environment.
         words: its arguments beside model, address and version.
         log: the file that its output is appended to.
+        number: its place among the servers of a run.
     """
 
     def __init__(
@@ -43,11 +44,12 @@ class ServerProcess:
         version: str,
         environment: Mapping[str, str],
         log: Path,
+        number: int = 0,
     ) -> None:
         self.log = log
         self._is_ended = False
         self.port = _free_port()
-        self.api = ServerApi(f"http://127.0.0.1:{self.port}")
+        self.api = ServerApi(f"http://127.0.0.1:{self.port}", number)
         log.parent.mkdir(parents=True, exist_ok=True)
         ours = ["--model-path", str(model.resolve()), "--host", "127.0.0.1", "--port", str(self.port)]
         with log.open("ab") as output:
@@ -97,12 +99,16 @@ class ServerProcess:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
-    def close(self) -> None:
-        """End it: politely, then at once."""
+    def terminate(self) -> None:
+        """Ask it to end."""
         if self.is_alive:
             self.process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(_END_S)
+
+    def close(self) -> None:
+        """End it: politely, then at once."""
+        self.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(_END_S)
         self.kill()
 
     def error(self, reason: str) -> RolloutError:

@@ -35,7 +35,7 @@ def generate_payload(
             "skip_special_tokens": False,
             "no_stop_trim": True,
             "spaces_between_special_tokens": False,
-            "sampling_seed": seed,
+            "sampling_seed": seed if params.sampling_seed is None else params.sampling_seed,
         },
         "return_logprob": True,
         "return_routed_experts": routed_experts,
