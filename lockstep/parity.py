@@ -47,9 +47,7 @@ def measure_parity(samples: Sequence[Sample], trained: Sequence[LogProbs], versi
     for sample, result in zip(samples, trained, strict=True):
         if sample.rollout_log_probs is None:
             continue
-        versions = sample.weight_versions + [""] * (sample.response_length - len(sample.weight_versions))
-        mask = sample.loss_mask if sample.loss_mask is not None else [1] * sample.response_length
-        comparable = torch.tensor([v == str(version) and m == 1 for v, m in zip(versions, mask, strict=True)])
+        comparable = _is_comparable(sample, version)
         diff = (result.log_probs - torch.tensor(sample.rollout_log_probs)).abs()
         diffs.append(diff[comparable])
         flags = result.routes_differ if result.routes_differ is not None else torch.zeros_like(comparable)
@@ -57,6 +55,35 @@ def measure_parity(samples: Sequence[Sample], trained: Sequence[LogProbs], versi
     if not diffs or not sum(map(len, diffs)):
         return None
     return Parity(torch.cat(diffs), torch.cat(differ))
+
+
+def require_same_bits(samples: Sequence[Sample], trained: Sequence[LogProbs], version: int) -> None:
+    """Stop the run when a log-prob of sampler and trainer differs at all (`--true-on-policy`).
+
+    Raises:
+        ParityError: naming the first token whose log-probs differ.
+    """
+    for sample, result in zip(samples, trained, strict=True):
+        if sample.rollout_log_probs is None:
+            continue
+        difference = result.log_probs - torch.tensor(sample.rollout_log_probs)
+        places = (_is_comparable(sample, version) & (difference != 0)).nonzero().flatten().tolist()
+        if places:
+            token = sample.tokens[len(sample.tokens) - sample.response_length + places[0]]
+            raise ParityError(
+                f"log-prob of token {token}, response token {places[0]} of sample {sample.index}",
+                float(result.log_probs[places[0]]),
+                f"the sampler recorded {sample.rollout_log_probs[places[0]]}, and with --true-on-policy both are the "
+                f"same to the last bit ({len(places)} of this sample's {sample.response_length} tokens differ).",
+                "Keep what generate functions record as the engine gave it; without --true-on-policy a run goes on.",
+            )
+
+
+def _is_comparable(sample: Sample, version: int) -> Tensor:
+    """Which response tokens the policy of that version sampled."""
+    versions = sample.weight_versions + [""] * (sample.response_length - len(sample.weight_versions))
+    mask = sample.loss_mask if sample.loss_mask is not None else [1] * sample.response_length
+    return torch.tensor([v == str(version) and m == 1 for v, m in zip(versions, mask, strict=True)])
 
 
 def require_parity(metrics: Mapping[str, float], limit: float) -> None:

@@ -19,7 +19,7 @@ from lockstep.trainer.engine import LogProbs
 from lockstep.types import Sample
 
 MODELS = {"dense": tiny_dense, "moe": tiny_moe}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = [torch.float32, torch.bfloat16]
 BATCHINGS: dict[str, dict[str, Any]] = {
     "packed": {"use_dynamic_batch_size": True, "max_tokens_per_gpu": 128},
     "one by one": {"micro_batch_size": 1},
@@ -36,7 +36,7 @@ PATHS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "one at a time": ({}, {"max_running": 1}),
     "chunks": ({"prompt_tokens": 30}, {"max_prefill_tokens": 7}),
     "no sharing": ({}, {"block_size": 64, "num_blocks": 64}),
-    "over many blocks of keys": ({"max_new_tokens": 150}, {"num_blocks": 400}),
+    "over two blocks of keys": ({"max_new_tokens": 70}, {"num_blocks": 400}),
 }
 
 
@@ -63,12 +63,12 @@ def differentiated(
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", MODELS)
-def test_sampled_log_probs_are_the_differentiated_ones_bit_for_bit(family: str, dtype: str, path: str) -> None:
+def test_sampled_log_probs_are_the_differentiated_ones_bit_for_bit(family: str, path: str) -> None:
+    """Every path in fp32 for one family and in bf16 for the other."""
     params, options = PATHS[path]
-    model = exact(MODELS[family](), DTYPES[dtype])
-    requests = group_requests(*((1, 3) if "many" in path else (4, 5)), **params)
+    model = exact(MODELS[family](), DTYPES[(list(PATHS).index(path) + list(MODELS).index(family)) % 2])
+    requests = group_requests(*((1, 2) if "two" in path else (4, 5)), **params)
     engine = make_engine(model, **options)
     assert isinstance(engine.runner, ExactRunner)
     generations = serve(engine, requests)
@@ -79,15 +79,15 @@ def test_sampled_log_probs_are_the_differentiated_ones_bit_for_bit(family: str, 
     assert torch.equal(policy, torch.cat([torch.tensor(g.log_probs) for g in generations]))
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_every_shape_of_model_and_batch_keeps_its_bits(seed: int) -> None:
-    """Heads, widths, biases, tied embeddings and experts drawn from the seed, wider ones too; all in two threads."""
+    """Heads, widths, biases and experts drawn from the seed, wider ones too; the last in two threads."""
     changes: dict[str, Any] = {"hidden_size": 200, "intermediate_size": 136, "head_dim": 40} if seed % 2 else {}
     config = (moe_config if seed % 3 else dense_config)(seed, **changes)
     model = exact(twin_of(hf_model(config)), torch.float32 if seed % 2 else torch.bfloat16)
     requests = [r for size in (1, 2, 8) for r in group_requests(2, size, prompt_tokens=5 + 9 * size)]
     threads = torch.get_num_threads()
-    torch.set_num_threads(2)
+    torch.set_num_threads(2 if seed == 3 else threads)
     try:
         generations = serve(make_engine(model), requests)
         policy = differentiated(model, requests, generations, list(BATCHINGS)[seed % 4], 1.0)

@@ -14,14 +14,14 @@ SRC = Path(lockstep.__file__).parent
 
 FLOORS: list[set[str]] = [
     {"__main__", "cli"},
-    {"loop", "bench", "doctor"},
-    {"assemble", "run", "observer", "earlier", "sampling"},
+    {"loop", "bench", "doctor", "launch", "serve"},
+    {"assemble", "run", "observer", "earlier", "sampling", "schedule"},
     {"plan"},
     {"cluster"},
     {"parity", "training_data"},
     {"trainer", "rollout", "weight_sync"},
     {"checkpoint", "data", "rewards", "tracking", "report"},
-    {"parallel"},
+    {"parallel", "exact"},
     {"models"},
     {"kernels"},
     {"algorithms"},

@@ -68,7 +68,7 @@ def test_grouped_products_are_those_of_every_expert_and_so_are_their_gradients()
         torch.testing.assert_close(ours, theirs)
 
 
-def test_an_activation_does_not_depend_on_its_place_where_torchs_does() -> None:
+def test_an_activation_does_not_depend_on_its_place_in_memory() -> None:
     gate, up = draw(37, 19), draw(37, 19, seed=1)
     whole = fixed_swiglu(gate, up)
     torch.testing.assert_close(whole, torch.nn.functional.silu(gate) * up)
