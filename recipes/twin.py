@@ -4,7 +4,8 @@
 
 It makes a random model of some hundred thousand numbers and addition problems, and runs `lockstep train` on the recipe.
 Only sizes are other than the recipe's, and rewards, which are random because such a model gets no answer right. What is
-other in every twin stands in `SIZES`, and what is other in the twin of one recipe in its `twin.toml`.
+other in every twin stands in `SIZES`, and what is other in the twin of one recipe in its `twin.toml`. Where that has a
+table `sampling`, a first run with its options samples, and the second trains on what it has stored.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import importlib.util
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -108,6 +110,18 @@ def twin_options(recipe: Path, output: Path) -> dict[str, Any]:
     }
 
 
+def runs(options: dict[str, Any], output: Path) -> Iterator[dict[str, Any]]:
+    """The options of each run."""
+    sampling = options.pop("sampling", None)
+    if sampling is None:
+        yield options
+        return
+    stored, apart = output / "rollouts" / "{rollout_id}.pt", output / "sampling"
+    places = {"load": apart / "checkpoints", "save": apart / "checkpoints", "run_dir": apart}
+    yield options | sampling | places | {"debug_rollout_only": True, "save_debug_rollout_data": stored}
+    yield options | {"load_debug_rollout_data": stored}
+
+
 def words(options: dict[str, Any]) -> list[str]:
     """Options as flags of the command line."""
     flags: list[str] = []
@@ -138,7 +152,11 @@ def main() -> int:
     make_model(family_of(recipe), output / "data" / "model", quickstart)
     make_data(output / "data", quickstart)
     command = [sys.executable, "-m", "lockstep", "train", str(recipe / "recipe.toml")]
-    return subprocess.run([*command, *words(twin_options(recipe, output)), *more], check=False).returncode
+    for options in runs(twin_options(recipe, output), output):
+        code = subprocess.run([*command, *words(options), *more], check=False).returncode
+        if code != 0:
+            return code
+    return 0
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ class Layout:
         stages = self.pp_size - (first is not None) - (last is not None)
         if stages < 0 or rest < stages or (rest % stages if stages else rest):
             return None
-        middle = [rest // stages] * stages
+        middle = [rest // stages] * stages if stages else []
         sizes = [*([] if first is None else [first]), *middle, *([] if last is None else [last])]
         return sizes if min(sizes) > 0 else None
 

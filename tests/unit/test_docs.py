@@ -26,7 +26,7 @@ PAGES = sorted(
     [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "recipes").rglob("*.md")],
     key=lambda page: page.relative_to(ROOT),
 )
-RECIPES = sorted((ROOT / "recipes").rglob("*.toml"))
+RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.toml") if path.name != "twin.toml")
 README = (ROOT / "README.md").read_text()
 QUICKSTART = (ROOT / "recipes" / "quickstart" / "README.md").read_text()
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
@@ -114,6 +114,8 @@ def newcomer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     install("lockstep.report", write_report="report")
     install("lockstep.bench.loop", main="bench")
     install("lockstep.doctor", main="doctor")
+    install("lockstep.launch", launch="launch")
+    install("lockstep.serve", serve="serve")
     install("lockstep.plan.command", run_plan="plan")
     install("lockstep.checkpoint.megatron.command", run_hf_to_torch_dist="convert", run_torch_dist_to_hf="convert")
     for name, content in named_files(README).items():

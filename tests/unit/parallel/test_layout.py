@@ -47,6 +47,7 @@ def test_data_parallelism_is_what_is_left() -> None:
     [
         ({"pp_size": 3}, [range(0, 2), range(2, 4), range(4, 6)]),
         ({"pp_size": 3, "decoder_last_pipeline_num_layers": 0}, None),
+        ({"pp_size": 1, "decoder_last_pipeline_num_layers": 6}, [range(0, 6)]),
         ({"pp_size": 3, "decoder_last_pipeline_num_layers": 2}, [range(0, 2), range(2, 4), range(4, 6)]),
         ({"pp_size": 2, "decoder_first_pipeline_num_layers": 4}, [range(0, 4), range(4, 6)]),
         (
