@@ -95,7 +95,8 @@ def assemble(
             engine = workers.open_engine(kv_tokens, max_context_len)
             stack.callback(engine.close)
         else:
-            engine = open_sglang(config, model_config, workers.trainer, pick_device(config), stack)
+            device, places = torch.device(workers.machines.device_type), workers.machines.servers
+            engine = open_sglang(config, model_config, workers.trainer, device, places, stack)
         if listener is not None:
             engine, url = _open_endpoint(config, engine, tokenizer, model_config, max_context_len, listener, stack)
         context = RolloutContext(

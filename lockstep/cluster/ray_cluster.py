@@ -29,13 +29,14 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from lockstep.cluster.executor import NodeLost, StartedRank
 from lockstep.cluster.ray_node import RayNode, installed_versions
+from lockstep.cluster.ray_servers import RayServers
 from lockstep.cluster.shared_paths import Expected
 from lockstep.cluster.wire import Channel
 from lockstep.errors import OptionError, RankError
 
 _TOKEN_BYTES = 32
 _PASSED_ON = ("OMP_NUM_THREADS", "PYTHONPATH", "HF_HUB_OFFLINE")
-"""Environment variables of the controller that ranks on other machines get too."""
+"""Environment variables of the controller that processes on other machines get too."""
 _END_S = 5.0
 
 
@@ -115,6 +116,16 @@ class RayCluster:
             [(number, self.addresses[number], self._nodes[number]) for number in shares], self.controller_address, what
         )
 
+    def servers(self, shares: Sequence[int], *, gpus_per_share: int, gpus_per_server: int) -> RayServers:
+        """Where SGLang's servers run: on some of the shares, all of one size."""
+        return RayServers(
+            [(self.addresses[number], self._nodes[number]) for number in shares],
+            gpus_per_node=gpus_per_share,
+            gpus_per_server=gpus_per_server,
+            uses_gpus=self.device_type == "cuda",
+            environment=_passed_on(),
+        )
+
     def close(self) -> None:
         """Give back what was reserved; end Ray if it was started here, else only leave it."""
         with contextlib.suppress(RayError):
@@ -135,6 +146,10 @@ class RayCluster:
             raise _too_small(shares, resource, f"they are in use, and were still after {timeout_s:.0f} s") from None
 
 
+def _passed_on() -> dict[str, str]:
+    return {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+
+
 class RayProcesses:
     """`Executor` of one group of ranks, in the order of its machines."""
 
@@ -146,7 +161,7 @@ class RayProcesses:
     def start(self, num_ranks: int, timeout_s: float) -> list[StartedRank]:
         per_node = num_ranks // len(self._nodes)
         token = secrets.token_bytes(_TOKEN_BYTES)
-        environment = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+        environment = _passed_on()
         with socket.create_server((self._controller_address, 0), backlog=num_ranks) as server:
             controller = server.getsockname()[:2]
             begun = []

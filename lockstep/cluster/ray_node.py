@@ -1,4 +1,4 @@
-"""One machine's share of a run, as a Ray actor: it starts the processes of its ranks and passes on what they print.
+"""One machine's share of a run, as a Ray actor: it starts the processes of its ranks and of SGLang's servers.
 
 Nothing else of a run goes through Ray: ranks talk to the controller and to each other directly.
 """
@@ -12,7 +12,8 @@ import queue
 import socket
 import subprocess
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,17 +24,20 @@ import ray
 from lockstep import __version__
 from lockstep.cluster.executor import start_worker
 from lockstep.cluster.shared_paths import Expected
+from lockstep.rollout.sglang.process import ServerProcess, free_port, server_environment
 
 _CONNECT_S = 60.0
 
 
 class RayNode:
-    """The actor. Its ranks die with it, and it dies with its node's Ray, or with the driver."""
+    """The actor. Its processes die with it, and it dies with its node's Ray, or with the driver."""
 
     def __init__(self) -> None:
         self.address: str = ray.util.get_node_ip_address()
         self._news: queue.SimpleQueue[tuple[int, bytes | int]] = queue.SimpleQueue()
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
+        self._servers: dict[int, ServerProcess] = {}
+        self._starter = ThreadPoolExecutor(1)  # a server dies with the thread that has started it: this one stays
 
     def look(self) -> tuple[str, dict[str, str]]:
         """This node's address, and its versions of what must be alike everywhere."""
@@ -71,13 +75,56 @@ class RayNode:
         if (process := self._processes.get(rank)) is not None:
             process.kill()
 
-    def _keep(self, rank: int, connection: socket.socket, environment: dict[str, str], folder: Path) -> None:
-        """The thread of one rank: it lives as long as the process, which would die with it."""
+    def free_port(self) -> int:
+        return free_port(self.address)
+
+    def start_server(
+        self,
+        number: int,
+        gpus: range | None,
+        environment: Mapping[str, str],
+        *,
+        python: str,
+        words: Sequence[str],
+        model: Path,
+        version: str,
+        log: Path,
+    ) -> int:
+        """Start a server's process, in place of one with the same number; returns the port at which it answers.
+
+        Args:
+            gpus: places among the GPUs of this share; None on a CPU.
+        """
+        server = self._servers[number] = self._starter.submit(
+            ServerProcess,
+            python,
+            words,
+            model=model,
+            version=version,
+            environment=server_environment(self._environment(environment), gpus),
+            log=log,
+            number=number,
+            host=self.address,
+        ).result()
+        return server.port
+
+    def server(self, number: int, method: str) -> str | None:
+        """What a server's process says to one of `RunningServer`'s methods, "ending" among them."""
+        server = self._servers[number]
+        answer: str | None = server.ending if method == "ending" else getattr(server, method)()
+        return answer
+
+    def _environment(self, given: Mapping[str, str]) -> dict[str, str]:
+        """That of a process here: this node's, and what the controller has given."""
         own = dict(os.environ)
-        if "OMP_NUM_THREADS" not in environment:
+        if "OMP_NUM_THREADS" not in given:
             own.pop("OMP_NUM_THREADS", None)  # Ray's, which counts the CPUs that it was asked for
         own.setdefault("GLOO_SOCKET_IFNAME", _interface_of(self.address))
-        process = self._processes[rank] = start_worker(connection, own | environment, folder)
+        return own | dict(given)
+
+    def _keep(self, rank: int, connection: socket.socket, environment: dict[str, str], folder: Path) -> None:
+        """The thread of one rank: it lives as long as the process, which would die with it."""
+        process = self._processes[rank] = start_worker(connection, self._environment(environment), folder)
         assert process.stdout is not None, "it was started with a pipe"
         with process.stdout as output:
             for line in output:

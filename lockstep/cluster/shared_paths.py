@@ -15,6 +15,7 @@ from pathlib import Path
 from lockstep.checkpoint.training import find_checkpoint
 from lockstep.config import Config
 from lockstep.errors import OptionError, writing
+from lockstep.rollout.sglang.open import weights_folder
 
 _SEEN_WITHIN_S = 5.0
 """Network file systems show a new file a little later."""
@@ -80,6 +81,9 @@ def expected_paths(config: Config) -> Iterator[list[Expected]]:
     written = {"--save": checkpoint.save}
     if checkpoint.save_hf is not None:
         written["--save-hf"] = str(Path(checkpoint.save_hf.format(rollout_id=0)).parent)
+    if config.rollout.rollout_engine == "sglang" and not config.sglang.rollout_external_engine_addrs:
+        # A server that starts again reads its weights there.
+        written["--update-weight-disk-dir"] = str(weights_folder(config))
     found = [Expected(option, str(Path(path).resolve()), _files(Path(path))) for option, path in read.items()]
     with ExitStack() as stack:
         for option, path in written.items():

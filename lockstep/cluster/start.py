@@ -37,6 +37,7 @@ from lockstep.exact import compute_exactly, require_exactness
 from lockstep.models import LanguageModel, ModelConfig, read_model_config
 from lockstep.parallel.mesh import Layout
 from lockstep.rollout.engine import RolloutEngine
+from lockstep.rollout.sglang.process import LocalServers, ServerPlaces
 from lockstep.tracking.transfer import TransferProgress
 from lockstep.trainer.engine import TrainingEngine
 from lockstep.trainer.local import LocalTrainer
@@ -52,6 +53,7 @@ class Workers(Protocol):
     """A training engine, and a rollout engine once it is opened."""
 
     trainer: TrainingEngine
+    machines: Machines
 
     def kv_tokens(self, longest: int) -> int:
         """Tokens of the KV cache that there is room for beside the trainer, and use for.
@@ -88,13 +90,8 @@ def require_possible(config: Config, model: ModelConfig, *, samples_something: b
     layout.check(model)
     if not config.cluster.uses_ray:
         pick_device(config)
-    elif config.rollout.rollout_engine == "sglang" and not config.sglang.rollout_external_engine_addrs:
-        raise OptionError(
-            "--rollout-engine",
-            "sglang",
-            "with Ray, servers are not started by the run yet: it could start them on the controller's machine only.",
-            "Start servers on the nodes that shall sample, and give --rollout-external-engine-addrs.",
-        )
+    elif _places_servers(config):
+        _require_whole_nodes(config)
     if layout.pp_size > 1 and samples_something:
         raise OptionError(
             "--pipeline-model-parallel-size",
@@ -107,6 +104,26 @@ def require_possible(config: Config, model: ModelConfig, *, samples_something: b
         _require_one_reduction(config, layout)
     if config.algorithm.true_on_policy:
         require_exactness(model, pick_device(config), getattr(torch, config.model.params_dtype))
+
+
+def _places_servers(config: Config) -> bool:
+    """Whether servers of our own run on a Ray cluster's nodes."""
+    is_ours = config.rollout.rollout_engine == "sglang" and not config.sglang.rollout_external_engine_addrs
+    return is_ours and config.cluster.uses_ray
+
+
+def _require_whole_nodes(config: Config) -> None:
+    """A server divides a node's GPUs with others, or has whole nodes."""
+    cluster = config.cluster
+    size, per_node = cluster.rollout_num_gpus_per_engine, cluster.actor_num_gpus_per_node
+    shares_gpus = not cluster.rollout_num_gpus
+    if (size > per_node and size % per_node) or (size < per_node and shares_gpus and per_node % size):
+        raise OptionError(
+            "--rollout-num-gpus-per-engine",
+            size,
+            f"a server of this size would have parts of nodes, whose GPUs are --actor-num-gpus-per-node {per_node}.",
+            f"Use a divisor or a multiple of {per_node}.",
+        )
 
 
 def _require_one_reduction(config: Config, layout: Layout) -> None:
@@ -140,7 +157,7 @@ def start_workers(
     machines = _machines(config, stack)
     workers: Any
     if config.cluster.num_ranks == 1 and not config.cluster.uses_ray:
-        workers = _Here(config, stack, num_steps, on_sample)
+        workers = _Here(config, stack, num_steps, on_sample, machines)
     else:
         workers = _Ranks(config, stack, num_steps, on_sample, machines)
     if config.cluster.has_replicas(config.rollout.rollout_engine):
@@ -150,31 +167,51 @@ def start_workers(
 
 
 @dataclass(frozen=True)
-class _Machines:
+class Machines:
     """Where processes are started, and where they find the controller."""
 
     device_type: str
     address: str
     ranks: Executor
     replicas: Executor
+    servers: ServerPlaces
 
 
-def _machines(config: Config, stack: AsyncExitStack) -> _Machines:
+def _machines(config: Config, stack: AsyncExitStack) -> Machines:
     cluster = config.cluster
+    shares_gpus, server_size = not cluster.rollout_num_gpus, cluster.rollout_num_gpus_per_engine
     if not cluster.uses_ray:
-        replicas = LocalProcesses(first_gpu=cluster.num_ranks, what="replica")
-        return _Machines(pick_device(config).type, "127.0.0.1", LocalProcesses(), replicas)
+        device_type = pick_device(config).type
+        first_gpu = 0 if shares_gpus else cluster.num_ranks
+        return Machines(
+            device_type,
+            "127.0.0.1",
+            ranks=LocalProcesses(),
+            replicas=LocalProcesses(first_gpu=cluster.num_ranks, what="replica"),
+            servers=LocalServers(server_size, first_gpu if device_type == "cuda" else None),
+        )
     ray_cluster = _join_ray(config)
     stack.callback(ray_cluster.close)
     with expected_paths(config) as paths:
         ray_cluster.require_shared(paths)
-    ends = len(ray_cluster.addresses)
-    return _Machines(
+    trains = range(cluster.actor_num_nodes)
+    samples = range(cluster.actor_num_nodes, len(ray_cluster.addresses))
+    return Machines(
         ray_cluster.device_type,
         ray_cluster.controller_address,
-        ray_cluster.processes(range(cluster.actor_num_nodes), "rank"),
-        ray_cluster.processes(range(cluster.actor_num_nodes, ends), "replica"),
+        ranks=ray_cluster.processes(trains, "rank"),
+        replicas=ray_cluster.processes(samples, "replica"),
+        servers=ray_cluster.servers(
+            trains if shares_gpus else samples,
+            gpus_per_share=cluster.actor_num_gpus_per_node if shares_gpus else _server_share(config),
+            gpus_per_server=server_size,
+        ),
     )
+
+
+def _server_share(config: Config) -> int:
+    """GPUs of one server on one node, where servers have GPUs of their own."""
+    return min(config.cluster.rollout_num_gpus_per_engine, config.cluster.actor_num_gpus_per_node)
 
 
 def _join_ray(config: Config) -> RayCluster:
@@ -190,8 +227,12 @@ def _join_ray(config: Config) -> RayCluster:
             'Install it on every machine: pip install "lockstep-rl[ray]".',
         ) from None
     cluster = config.cluster
-    num_replicas = (cluster.rollout_num_gpus or 0) if cluster.has_replicas(config.rollout.rollout_engine) else 0
-    shares = [cluster.actor_num_gpus_per_node] * cluster.actor_num_nodes + [1] * num_replicas
+    shares = [cluster.actor_num_gpus_per_node] * cluster.actor_num_nodes
+    num_others = cluster.rollout_num_gpus or 0
+    if cluster.has_replicas(config.rollout.rollout_engine):
+        shares += [1] * num_others
+    elif _places_servers(config):
+        shares += [_server_share(config)] * (num_others // _server_share(config))
     timeout_s = 60.0 * cluster.distributed_timeout_minutes
     before = random.getstate()
     try:
@@ -200,7 +241,7 @@ def _join_ray(config: Config) -> RayCluster:
         random.setstate(before)  # Ray draws from the generator that hooks draw from
 
 
-def _meeting_place(config: Config, machines: _Machines) -> Any:
+def _meeting_place(config: Config, machines: Machines) -> Any:
     """A store in this process, where those of a process group find each other."""
     timeout = timedelta(minutes=config.cluster.distributed_timeout_minutes)
     return _dist.TCPStore(machines.address, 0, is_master=True, wait_for_workers=False, timeout=timeout)
@@ -209,8 +250,15 @@ def _meeting_place(config: Config, machines: _Machines) -> Any:
 class _Here:
     """This process is the one rank: the sampler decodes on the trainer's own parameters."""
 
-    def __init__(self, config: Config, stack: AsyncExitStack, num_steps: int, on_sample: Callable[[int], None]) -> None:
-        self._config, self._stack = config, stack
+    def __init__(
+        self,
+        config: Config,
+        stack: AsyncExitStack,
+        num_steps: int,
+        on_sample: Callable[[int], None],
+        machines: Machines,
+    ) -> None:
+        self._config, self._stack, self.machines = config, stack, machines
         self._device = pick_device(config)
         model = self._load(Path(config.model.hf_checkpoint), "loading")
         folder = reference_folder(config)
@@ -255,8 +303,9 @@ class _Ranks:
         stack: AsyncExitStack,
         num_steps: int,
         on_sample: Callable[[int], None],
-        machines: _Machines,
+        machines: Machines,
     ) -> None:
+        self.machines = machines
         layout = layout_of(config)
         listeners: dict[str, OnBytes] = {}
 
@@ -302,8 +351,8 @@ class _Ranks:
 class _WithReplicas:
     """Training as it is, and processes with copies of its weights, which sample."""
 
-    def __init__(self, config: Config, stack: AsyncExitStack, workers: _Senders, machines: _Machines) -> None:
-        self.trainer = workers.trainer
+    def __init__(self, config: Config, stack: AsyncExitStack, workers: _Senders, machines: Machines) -> None:
+        self.trainer, self.machines = workers.trainer, machines
         self._workers = workers
         self._group = WorkerGroup(
             config.cluster.rollout_num_gpus or 0,

@@ -4,6 +4,7 @@ import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from real_servers import INSTALLED
@@ -28,6 +29,15 @@ def runs() -> ModuleType:
     sys.modules.setdefault("e2e_runs", module)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory: pytest.TempPathFactory, runs: ModuleType) -> Any:
+    root = tmp_path_factory.mktemp("workshop")
+    prepare = runs.load_prepare()
+    for side, count in (("train", 64), ("heldout", 8)):
+        prepare.write_rows(root / f"{side}.jsonl", prepare.make_prompt_rows(side, count, 0))
+    return runs.Workshop(root, runs.write_model(root / "model"), root / "train.jsonl", root / "heldout.jsonl")
 
 
 @pytest.fixture(scope="session")

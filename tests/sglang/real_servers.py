@@ -17,6 +17,7 @@ from lockstep.models.layers.moe import ChooseExperts, RecordRoutes, top_k_expert
 from lockstep.rollout.engine import Generation, SamplingParams
 from lockstep.rollout.sglang import SGLangEngine, server_words
 from lockstep.rollout.sglang.fleet import ServerFleet, ServerPlan
+from lockstep.rollout.sglang.process import LocalServers
 from lockstep.weight_sync import Transport, WeightSource
 
 HERE = Path(__file__).parent
@@ -44,6 +45,12 @@ CPU_ARGS: dict[str, Any] = {
 """`--sglang-*` options for a machine without a GPU."""
 
 
+def server_options(**changes: Any) -> dict[str, Any]:
+    """Options for a real server on the CPU."""
+    options = {"rollout_engine": "sglang", "sglang_python": PYTHON, "rollout_server_start_timeout": START_S}
+    return options | {f"sglang_{name}": value for name, value in (CPU_ARGS | changes).items()}
+
+
 def load(folder: Path) -> LanguageModel:
     return load_hf_model(folder, dtype=torch.float32, device=torch.device("cpu"))
 
@@ -59,10 +66,8 @@ def start_fleet(folder: Path, model: LanguageModel, transport: Transport, work: 
         python=str(PYTHON),
         words=server_words(CPU_ARGS, tp_size=1),
         num_servers=changes.pop("num_servers", 1),
-        gpus_per_server=1,
-        first_gpu=None,
         log_folder=work / "logs",
-        start_timeout_s=START_S,
+        places=LocalServers(gpus_per_server=1, first_gpu=None),
     )
     return ServerFleet(
         plan=plan,

@@ -8,13 +8,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import torch
 from real_servers import PYTHON, START_S
 
 from lockstep.config.parsing import parse_options
 from lockstep.errors import OptionError, RolloutError
 from lockstep.rollout.sglang import ServerProcess, known_flags, require_known, server_words
 from lockstep.rollout.sglang.open import _plan
+from lockstep.rollout.sglang.process import LocalServers
 
 SIZES = "1 2 4 8 " + " ".join(map(str, range(16, 257, 8)))
 
@@ -85,7 +85,8 @@ def words_of(name: str) -> list[str]:
     options = ["--hf-checkpoint", "m", "--rollout-engine", "sglang", "--sglang-python", str(PYTHON)]
     config = parse_options("train", [*options, *SETS[name][0].split()]).config
     shares_gpus = config.cluster.rollout_num_gpus is None
-    return _plan(config, torch.device("cuda"), returns_routes=False, releases_memory=shares_gpus).words
+    places = LocalServers(config.cluster.rollout_num_gpus_per_engine, 0)
+    return _plan(config, places, returns_routes=False, releases_memory=shares_gpus).words
 
 
 @pytest.mark.parametrize("name", SETS)

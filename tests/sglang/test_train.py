@@ -7,23 +7,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from real_servers import CPU_ARGS, PYTHON, START_S
-
-
-@pytest.fixture(scope="session")
-def workshop(tmp_path_factory: pytest.TempPathFactory, runs: ModuleType) -> Any:
-    root = tmp_path_factory.mktemp("workshop")
-    prepare = runs.load_prepare()
-    for side, count in (("train", 64), ("heldout", 8)):
-        prepare.write_rows(root / f"{side}.jsonl", prepare.make_prompt_rows(side, count, 0))
-    return runs.Workshop(root, runs.write_model(root / "model"), root / "train.jsonl", root / "heldout.jsonl")
-
-
-def servers(**changes: Any) -> dict[str, Any]:
-    """Options for a real server on the CPU."""
-    options = {"rollout_engine": "sglang", "sglang_python": PYTHON, "rollout_server_start_timeout": START_S}
-    return options | {f"sglang_{name}": value for name, value in (CPU_ARGS | changes).items()}
-
+from real_servers import server_options
 
 TRAINERS: dict[str, dict[str, Any]] = {
     "one-rank": {},
@@ -56,7 +40,7 @@ def test_two_steps_of_grpo_agree_with_the_trainer_and_leave_no_process(
 
     Servers compare what they were sent with an export, bit for bit.
     """
-    options = servers(dtype=server_dtype) | {
+    options = server_options(dtype=server_dtype) | {
         "use_rollout_routing_replay": True,
         "check_weight_update_equal": True,
         "eval_prompt_data": ["held", workshop.heldout] if trainer == "one-rank" else None,

@@ -21,6 +21,8 @@ _OURS = {
     "tp_size": "--rollout-num-gpus-per-engine",
     "tensor_parallel_size": "--rollout-num-gpus-per-engine",
     "weight_version": "--update-weight-transport",
+    "nnodes": "--rollout-num-gpus-per-engine",
+    "node_rank": "--rollout-num-gpus-per-engine",
 }
 """Arguments that Lockstep gives itself, and the option that says what they are."""
 
@@ -43,6 +45,17 @@ def server_words(server_args: Mapping[str, Any], *, tp_size: int) -> list[str]:
         if value is not True:
             words += [str(item) for item in (value if isinstance(value, list | tuple) else [value])]
     return words
+
+
+def spanning_words(node_rank: int, num_nodes: int, address: str) -> list[str]:
+    """What the process on one node of a server gets beside `server_words`; a server on one node needs none of it.
+
+    Args:
+        address: host:port on the first node at which the processes meet.
+    """
+    if num_nodes == 1:
+        return []
+    return ["--nnodes", str(num_nodes), "--node-rank", str(node_rank), "--dist-init-addr", address]
 
 
 def _renamed(server_args: Mapping[str, Any], tp_size: int) -> dict[str, Any]:

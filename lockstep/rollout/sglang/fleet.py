@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from pathlib import Path
 from lockstep.errors import RolloutError
 from lockstep.rollout.sglang.api import ServerApi
 from lockstep.rollout.sglang.engine import Server
-from lockstep.rollout.sglang.process import ServerProcess
+from lockstep.rollout.sglang.process import RunningServer, ServerPlaces
 from lockstep.weight_sync import Transport, WeightSource, verify_equal
 
 logger = logging.getLogger(__name__)
@@ -33,34 +32,12 @@ class ServerPlan:
     words: list[str]
     """Arguments of every server, without model and address."""
     num_servers: int
-    gpus_per_server: int
-    first_gpu: int | None
-    """The GPU at which the first server's begin; None on a CPU."""
     log_folder: Path
-    start_timeout_s: float
+    places: ServerPlaces
 
-    def start(self, number: int, model: Path, version: str) -> ServerProcess:
-        environment = dict(os.environ)
-        for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):  # training's; servers' memory is SGLang's matter
-            environment.pop(name, None)
-        if self.first_gpu is not None:
-            begin = self.first_gpu + number * self.gpus_per_server
-            visible = _visible_gpus()[begin : begin + self.gpus_per_server]
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible)
-        return ServerProcess(
-            self.python,
-            self.words,
-            model=model,
-            version=version,
-            environment=environment,
-            log=self.log_folder / f"server-{number}.log",
-            number=number,
-        )
-
-
-def _visible_gpus() -> list[str]:
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return given.split(",") if given else [str(number) for number in range(1024)]
+    def start(self, number: int, model: Path, version: str) -> RunningServer:
+        log = self.log_folder / f"server-{number}.log"
+        return self.places.start(number, python=self.python, words=self.words, model=model, version=version, log=log)
 
 
 @dataclass
@@ -69,7 +46,7 @@ class _Member:
 
     number: int
     server: Server
-    process: ServerProcess | None
+    process: RunningServer | None
     num_restarts: int = 0
     deadline: float = field(default=0.0)
 

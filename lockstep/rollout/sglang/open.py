@@ -16,6 +16,7 @@ from lockstep.models import ModelConfig
 from lockstep.rollout.sglang.arguments import known_flags, require_known, server_words
 from lockstep.rollout.sglang.engine import SGLangEngine
 from lockstep.rollout.sglang.fleet import ServerFleet, ServerPlan
+from lockstep.rollout.sglang.process import ServerPlaces
 from lockstep.trainer.engine import TrainingEngine
 from lockstep.trainer.local import LocalTrainer
 from lockstep.weight_sync import DiskTransport, Transport, WeightSource
@@ -23,10 +24,18 @@ from lockstep.weight_sync.ranks import Ranks, RanksTransport, TransportPlan
 
 
 def open_sglang(
-    config: Config, model: ModelConfig, trainer: TrainingEngine, device: torch.device, stack: AsyncExitStack
+    config: Config,
+    model: ModelConfig,
+    trainer: TrainingEngine,
+    device: torch.device,
+    places: ServerPlaces,
+    stack: AsyncExitStack,
 ) -> SGLangEngine:
     """Start the servers, or find them, and return when all generate. `stack` ends those that were started.
 
+    Args:
+        device: what training computes on.
+        places: where servers are started.
     Raises:
         OptionError: the installed SGLang has no such argument.
         RolloutError: a server did not start.
@@ -37,11 +46,11 @@ def open_sglang(
         and (config.algorithm.use_rollout_routing_replay or options.server_args.get("enable_return_routed_experts"))
     )
     external = options.rollout_external_engine_addrs
-    shares_gpus = device.type == "cuda" and not external and config.cluster.rollout_num_gpus is None
+    shares_gpus = device.type == "cuda" and not external and not config.cluster.rollout_num_gpus
     releases_memory = shares_gpus and config.cluster.offload_rollout
-    plan = None if external else _plan(config, device, returns_routes=returns_routes, releases_memory=releases_memory)
+    plan = None if external else _plan(config, places, returns_routes=returns_routes, releases_memory=releases_memory)
     transport = _transport(config, trainer, device)
-    folder = Path(config.weight_sync.update_weight_disk_dir or Path(config.logging.run_dir) / "sglang" / "weights")
+    folder = weights_folder(config)
     hf_folder = Path(config.model.hf_checkpoint)
     fleet = ServerFleet(
         plan=plan,
@@ -80,7 +89,12 @@ def open_sglang(
     )
 
 
-def _plan(config: Config, device: torch.device, *, returns_routes: bool, releases_memory: bool) -> ServerPlan:
+def weights_folder(config: Config) -> Path:
+    """Where weights lie for servers that read them from disk."""
+    return Path(config.weight_sync.update_weight_disk_dir or Path(config.logging.run_dir) / "sglang" / "weights")
+
+
+def _plan(config: Config, places: ServerPlaces, *, returns_routes: bool, releases_memory: bool) -> ServerPlan:
     options, cluster = config.sglang, config.cluster
     assert options.sglang_python is not None, "checked before"
     python, tp_size = os.path.abspath(options.sglang_python), cluster.rollout_num_gpus_per_engine
@@ -97,23 +111,20 @@ def _plan(config: Config, device: torch.device, *, returns_routes: bool, release
         raise OptionError(
             "--sglang-python", python, "it is no program.", "Give the Python of the environment that has SGLang."
         )
-    is_separate = cluster.rollout_num_gpus is not None
     return ServerPlan(
         python=python,
         words=[*words, "--tp-size", str(tp_size)],
-        num_servers=(cluster.rollout_num_gpus or cluster.actor_num_gpus_per_node) // tp_size,
-        gpus_per_server=tp_size,
-        first_gpu=(cluster.actor_num_gpus_per_node if is_separate else 0) if device.type == "cuda" else None,
+        num_servers=(cluster.rollout_num_gpus or cluster.num_ranks) // tp_size,
         log_folder=Path(config.logging.run_dir) / "sglang",
-        start_timeout_s=options.rollout_server_start_timeout,
+        places=places,
     )
 
 
 def _transport(config: Config, trainer: TrainingEngine, device: torch.device) -> Transport | None:
     """None for a folder on disk."""
     options, cluster = config.weight_sync, config.cluster
-    is_here = not config.sglang.rollout_external_engine_addrs and cluster.actor_num_nodes == 1
-    shares_device = is_here and (device.type == "cpu" or cluster.rollout_num_gpus is None)
+    is_ours = not config.sglang.rollout_external_engine_addrs
+    shares_device = is_ours and (not cluster.rollout_num_gpus or (device.type == "cpu" and not cluster.uses_ray))
     kind = options.update_weight_transport or ("tensor" if shares_device else "nccl")
     if kind == "disk":
         return None

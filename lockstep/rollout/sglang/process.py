@@ -1,4 +1,7 @@
-"""A server's process: started from an environment of its own, watched, ended. It never outlives this process."""
+"""A server's process: started from an environment of its own, watched, ended. It never outlives this process.
+
+`ServerPlaces` says where servers run: `LocalServers` starts them here, others may start them on other machines.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,11 @@ import signal
 import socket
 import subprocess
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from lockstep.errors import RolloutError
 from lockstep.rollout.sglang.api import ServerApi
@@ -25,47 +31,45 @@ _POLL_S = 0.5
 _QUOTED_LINES = 8
 
 
-class ServerProcess:
-    """SGLang's server for one model folder, on a free port of this machine.
+class RunningServer(ABC):
+    """A server that was started for this run, wherever it runs."""
 
-    Args:
-        python: the interpreter of SGLang's environment.
-        words: its arguments beside model, address and version.
-        log: the file that its output is appended to.
-        number: its place among the servers of a run.
-    """
+    api: ServerApi
 
-    def __init__(
-        self,
-        python: str,
-        words: Sequence[str],
-        *,
-        model: Path,
-        version: str,
-        environment: Mapping[str, str],
-        log: Path,
-        number: int = 0,
-    ) -> None:
-        self.log = log
-        self._is_ended = False
-        self.port = _free_port()
-        self.api = ServerApi(f"http://127.0.0.1:{self.port}", number)
-        log.parent.mkdir(parents=True, exist_ok=True)
-        ours = ["--model-path", str(model.resolve()), "--host", "127.0.0.1", "--port", str(self.port)]
-        with log.open("ab") as output:
-            self._log_start = output.tell()
-            self.process = subprocess.Popen(
-                [python, "-c", _BOOT, str(os.getpid()), *ours, "--weight-version", version, *words],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=dict(environment),
-                start_new_session=True,
-            )
+    @property
+    @abstractmethod
+    def ending(self) -> str | None:
+        """Why it has ended, as a sentence; None while it runs."""
+
+    @property
+    @abstractmethod
+    def place(self) -> str:
+        """Where it runs, for errors."""
+
+    @property
+    @abstractmethod
+    def log_place(self) -> str:
+        """Where all that it has printed can be read."""
+
+    @abstractmethod
+    def last_lines(self) -> str:
+        """The end of what it has printed since it was started."""
+
+    @abstractmethod
+    def kill(self) -> None:
+        """End it and all that it has started, at once."""
+
+    @abstractmethod
+    def terminate(self) -> None:
+        """Ask it to end."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End it: politely, then at once."""
 
     @property
     def is_alive(self) -> bool:
-        return self.process.poll() is None
+        return self.ending is None
 
     def wait_until_ready(self, timeout_s: float) -> None:
         """Return when it generates.
@@ -86,38 +90,139 @@ class ServerProcess:
         Raises:
             RolloutError: it died.
         """
-        if not self.is_alive:
-            raise self.error(f"it ended with exit code {self.process.returncode}.")
+        if (ending := self.ending) is not None:
+            raise self.error(ending)
         return self.api.is_healthy(timeout_s=10.0)
-
-    def kill(self) -> None:
-        """End it and all that it has started, at once. Its group is its own."""
-        if self._is_ended:
-            return
-        self._is_ended = True
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
-    def terminate(self) -> None:
-        """Ask it to end."""
-        if self.is_alive:
-            self.process.terminate()
-
-    def close(self) -> None:
-        """End it: politely, then at once."""
-        self.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(_END_S)
-        self.kill()
 
     def error(self, reason: str) -> RolloutError:
         return RolloutError(
             f"SGLang server {self.api.url}",
-            f"process {self.process.pid}",
+            self.place,
             f"{reason} Its last lines:\n{self.last_lines()}\n",
-            f"All of them are in {self.log}.",
+            f"All of them are in {self.log_place}.",
         )
+
+
+class ServerPlaces(Protocol):
+    """Where the servers of a run are started."""
+
+    def start(
+        self, number: int, *, python: str, words: Sequence[str], model: Path, version: str, log: Path
+    ) -> RunningServer:
+        """Start a server, for the first time or again. Arguments are those of `ServerProcess`."""
+        ...
+
+
+@dataclass(frozen=True)
+class LocalServers:
+    """Servers as processes of this machine.
+
+    Args:
+        first_gpu: the GPU at which the first server's begin; None on a CPU.
+    """
+
+    gpus_per_server: int
+    first_gpu: int | None
+
+    def start(
+        self, number: int, *, python: str, words: Sequence[str], model: Path, version: str, log: Path
+    ) -> ServerProcess:
+        gpus = None
+        if self.first_gpu is not None:
+            begin = self.first_gpu + number * self.gpus_per_server
+            gpus = range(begin, begin + self.gpus_per_server)
+        environment = server_environment(os.environ, gpus)
+        return ServerProcess(
+            python, words, model=model, version=version, environment=environment, log=log, number=number
+        )
+
+
+def server_environment(environment: Mapping[str, str], gpus: range | None) -> dict[str, str]:
+    """A server's environment out of that of the process which starts it.
+
+    Args:
+        gpus: places among the GPUs that this process sees; None on a CPU.
+    """
+    own = dict(environment)
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):  # training's; servers' memory is SGLang's matter
+        own.pop(name, None)
+    if gpus is not None:
+        given = own.get("CUDA_VISIBLE_DEVICES")
+        visible = given.split(",") if given else [str(number) for number in range(1024)]
+        own["CUDA_VISIBLE_DEVICES"] = ",".join(visible[gpus.start : gpus.stop])
+    return own
+
+
+class ServerProcess(RunningServer):
+    """SGLang's server for one model folder, on a free port of this machine.
+
+    Args:
+        python: the interpreter of SGLang's environment.
+        words: its arguments beside model, address and version.
+        log: the file that its output is appended to.
+        number: its place among the servers of a run.
+        host: the address of this machine at which it answers.
+    """
+
+    def __init__(
+        self,
+        python: str,
+        words: Sequence[str],
+        *,
+        model: Path,
+        version: str,
+        environment: Mapping[str, str],
+        log: Path,
+        number: int = 0,
+        host: str = "127.0.0.1",
+    ) -> None:
+        self.log = log
+        self._is_ended = False
+        self.port = free_port(host)
+        self.api = ServerApi(f"http://{host}:{self.port}", number)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        ours = ["--model-path", str(model.resolve()), "--host", host, "--port", str(self.port)]
+        with log.open("ab") as output:
+            self._log_start = output.tell()
+            self.process = subprocess.Popen(
+                [python, "-c", _BOOT, str(os.getpid()), *ours, "--weight-version", version, *words],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=dict(environment),
+                start_new_session=True,
+            )
+
+    @property
+    def ending(self) -> str | None:
+        code = self.process.poll()
+        return None if code is None else f"it ended with exit code {code}."
+
+    @property
+    def place(self) -> str:
+        return f"process {self.process.pid}"
+
+    @property
+    def log_place(self) -> str:
+        return str(self.log)
+
+    def kill(self) -> None:
+        if self._is_ended:
+            return
+        self._is_ended = True
+        with contextlib.suppress(ProcessLookupError):  # its group is its own
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def terminate(self) -> None:
+        if self.is_alive:
+            self.process.terminate()
+
+    def close(self) -> None:
+        self.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(_END_S)
+        self.kill()
 
     def last_lines(self) -> str:
         with self.log.open("rb") as file:
@@ -126,8 +231,9 @@ class ServerProcess:
         return "\n".join(f"    {line[:300]}" for line in lines[-_QUOTED_LINES:])
 
 
-def _free_port() -> int:
+def free_port(host: str) -> int:
+    """A port that nothing listens at, at this address of this machine."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((host, 0))
         port: int = probe.getsockname()[1]
         return port
