@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from lockstep.kernels.experts import local_experts
 from lockstep.kernels.fused import is_fused
-from lockstep.kernels.slots import Slots, spread
-from lockstep.kernels.swiglu import weighted_swiglu
 
 MOST_TOKENS = 512
 """Above this, grouped products over sorted rows are faster."""
@@ -61,22 +59,4 @@ def decode_experts(
         return decode_experts_triton(x_TD, experts_TS, weights_TS, gate_up_EJD, down_EDI, dtype or x_TD.dtype)
     if any(weight.shape[-1] * weight.element_size() % 16 for weight in (gate_up_EJD, down_EDI)):
         return decode_experts_reference(x_TD, experts_TS, weights_TS, gate_up_EJD, down_EDI, dtype)
-    return _through_grouped_products(x_TD, experts_TS, weights_TS, gate_up_EJD, down_EDI, dtype or x_TD.dtype)
-
-
-def _through_grouped_products(
-    x_TD: Tensor,
-    experts_TS: Tensor,
-    weights_TS: Tensor,
-    gate_up_EJD: Tensor,
-    down_EDI: Tensor,
-    dtype: torch.dtype,
-) -> Tensor:
-    """With torch's operations, on rows sorted by expert. What comes out for slots of other experts is dropped."""
-    num_experts = len(gate_up_EJD)
-    is_elsewhere_TS = (experts_TS < 0) | (experts_TS >= num_experts)
-    slots = Slots.of(experts_TS.masked_fill(is_elsewhere_TS, num_experts), num_experts)
-    gate_up_RJ = F.grouped_mm(spread(x_TD, slots), gate_up_EJD.transpose(1, 2), offs=slots.ends_E)
-    out_RD = F.grouped_mm(weighted_swiglu(gate_up_RJ, weights_TS, slots), down_EDI.transpose(1, 2), offs=slots.ends_E)
-    out_TSD = torch.empty_like(out_RD).index_copy(0, slots.slot_R, out_RD).view(*experts_TS.shape, -1)
-    return out_TSD.masked_fill_(is_elsewhere_TS[..., None], 0.0).sum(1, dtype=dtype)
+    return local_experts(x_TD, experts_TS, weights_TS, gate_up_EJD, down_EDI, dtype or x_TD.dtype)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lockstep.kernels.fused import is_fused, runs_triton
+from lockstep.kernels.fused import is_fused
 from lockstep.kernels.swiglu import swiglu
 
 MOST_ROWS = 16
@@ -38,15 +38,3 @@ def swiglu_linear(x_TD: Tensor, gate_ID: Tensor, up_ID: Tensor) -> Tensor:
 
         return swiglu_linear_triton(x_TD, gate_ID, up_ID)
     return swiglu(F.linear(x_TD, gate_ID), F.linear(x_TD, up_ID))
-
-
-def slot_weights(probs_TE: Tensor, experts_TS: Tensor, normalise: bool, dtype: torch.dtype) -> Tensor:
-    """The chosen experts' probabilities `[T, S]`, divided by their sum if asked, rounded to `dtype`."""
-    if runs_triton(probs_TE) and probs_TE.dtype == torch.float32 and not torch.is_grad_enabled():
-        from lockstep.kernels.decode_linears_triton import slot_weights_triton
-
-        return slot_weights_triton(probs_TE, experts_TS, normalise, dtype)
-    weights_TS = probs_TE.gather(-1, experts_TS)
-    if normalise:
-        weights_TS = weights_TS / weights_TS.sum(dim=-1, keepdim=True)
-    return weights_TS.to(dtype)

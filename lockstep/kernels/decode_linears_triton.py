@@ -7,9 +7,7 @@ arithmetic; more go through the tensor cores.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -61,20 +59,6 @@ def swiglu_linear_with(x_TD: Tensor, gate_ID: Tensor, up_ID: Tensor, **tiling: i
             WIDTH=width, **overlapping(x_TD.device), **tiling,
         )  # fmt: skip
     return out_TI
-
-
-def slot_weights_triton(probs_TE: Tensor, experts_TS: Tensor, normalise: bool, dtype: torch.dtype) -> Tensor:
-    """`slot_weights` of fp32 probabilities."""
-    (tokens, slots), experts = experts_TS.shape, probs_TE.shape[1]
-    weights_TS = torch.empty((tokens, slots), dtype=dtype, device=probs_TE.device)
-    at_once = 16
-    if tokens:
-        sizes: dict[str, Any] = {"SLOTS": slots, "BLOCK": triton.next_power_of_2(slots), "ROWS": at_once}
-        _slot_weights[(triton.cdiv(tokens, at_once),)](
-            probs_TE.contiguous(), experts_TS.contiguous(), weights_TS, tokens, experts,
-            NORMALISES=normalise, **sizes, **overlapping(probs_TE.device), num_warps=1,
-        )  # fmt: skip
-    return weights_TS
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -156,20 +140,3 @@ def _swiglu_linear(  # type: ignore[no-untyped-def]
     inside = (row < rows) & (column < inner)[None, :]
     result = gate * tl.sigmoid(gate) * up
     tl.store(out + row * inner + column[None, :], result.to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _slot_weights(  # type: ignore[no-untyped-def]
-    probs, experts, out, tokens, num_experts,
-    SLOTS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, NORMALISES: tl.constexpr,
-    OVERLAPS: tl.constexpr,
-):  # fmt: skip
-    begin(OVERLAPS)
-    token = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
-    slot = tl.arange(0, BLOCK)[None, :]
-    inside = (token < tokens) & (slot < SLOTS)
-    expert = tl.load(experts + token * SLOTS + slot, mask=inside, other=0)
-    weight = tl.load(probs + token.to(tl.int64) * num_experts + expert, mask=inside, other=0.0)
-    if NORMALISES:
-        weight = tl.div_rn(weight, tl.where(token < tokens, tl.sum(weight, 1)[:, None], 1.0))
-    tl.store(out + token * SLOTS + slot, weight.to(out.dtype.element_ty), mask=inside)

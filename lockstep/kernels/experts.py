@@ -41,3 +41,30 @@ def grouped_experts(
     gate_up_RJ = F.grouped_mm(spread(x_TD, slots), gate_up_EJD.transpose(1, 2), offs=slots.ends_E)
     out_RD = F.grouped_mm(weighted_swiglu(gate_up_RJ, weights_TS, slots), down_EDI.transpose(1, 2), offs=slots.ends_E)
     return collect(out_RD, slots)
+
+
+def local_experts(
+    x_TD: Tensor,
+    experts_TS: Tensor,
+    weights_TS: Tensor,
+    gate_up_EJD: Tensor,
+    down_EDI: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """What these experts add to every row, `[T, D]`, where others may be elsewhere; no gradients.
+
+    A slot whose expert is not one of 0 ... E - 1 counts nothing. No shape depends on how many there are.
+
+    Args:
+        dtype: of the sums over slots; fp32 for those of ranks, which are summed before they are rounded.
+    """
+    num_experts = len(gate_up_EJD)
+    if num_experts == 0:
+        return torch.zeros_like(x_TD, dtype=dtype)
+    is_elsewhere_TS = (experts_TS < 0) | (experts_TS >= num_experts)
+    slots = Slots.of(experts_TS.masked_fill(is_elsewhere_TS, num_experts), num_experts)
+    gate_up_RJ = F.grouped_mm(spread(x_TD, slots), gate_up_EJD.transpose(1, 2), offs=slots.ends_E)
+    out_RD = F.grouped_mm(weighted_swiglu(gate_up_RJ, weights_TS, slots), down_EDI.transpose(1, 2), offs=slots.ends_E)
+    out_TSD = torch.empty_like(out_RD).index_copy(0, slots.slot_R, out_RD).view(*experts_TS.shape, -1)
+    # Rows past the last group were not computed: whatever stands there must not count.
+    return out_TSD.masked_fill_(is_elsewhere_TS[..., None], 0.0).sum(1, dtype=dtype)

@@ -14,8 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from lockstep.kernels.slots import Slots, spread
-from lockstep.kernels.swiglu import weighted_swiglu
+from lockstep.kernels.experts import local_experts
 from lockstep.models import LanguageModel
 from lockstep.models.layers.moe import Experts
 from lockstep.parallel.collectives import all_gather_rows, reduce_scatter_rows
@@ -55,29 +54,8 @@ class VisitExperts:
     ) -> Tensor:
         x_GD, experts_GS, weights_GS = (all_gather_rows(x, self.group) for x in (x_ND, experts_NS, weights_NS))
         here_GS = experts_GS - self.first_expert
-        here_GS = here_GS.where((here_GS >= 0) & (here_GS < len(gate_up_EJD)), len(gate_up_EJD))
-        sums_GD = local_experts(x_GD, here_GS, weights_GS, gate_up_EJD, down_EDI)
+        sums_GD = local_experts(x_GD, here_GS, weights_GS, gate_up_EJD, down_EDI, torch.float32)
         return reduce_scatter_rows(sums_GD, self.group).to(x_ND.dtype)
-
-
-def local_experts(
-    x_GD: Tensor, experts_GS: Tensor, weights_GS: Tensor, gate_up_EJD: Tensor, down_EDI: Tensor
-) -> Tensor:
-    """What these experts add to every row, `[G, D]` in fp32: ranks' parts are summed before they are rounded.
-
-    A slot of expert E, one past the last, counts nothing. No shape depends on how many there are.
-    """
-    num_experts, num_slots = len(gate_up_EJD), experts_GS.shape[1]
-    if num_experts == 0:
-        return torch.zeros_like(x_GD, dtype=torch.float32)
-    slots = Slots.of(experts_GS, num_experts)
-    gate_up_RJ = F.grouped_mm(spread(x_GD, slots), gate_up_EJD.transpose(1, 2), offs=slots.ends_E)
-    out_RD = F.grouped_mm(weighted_swiglu(gate_up_RJ, weights_GS, slots), down_EDI.transpose(1, 2), offs=slots.ends_E)
-    # Rows past the last group were not computed: whatever stands there must not count.
-    is_here_R = torch.arange(len(out_RD), device=out_RD.device) < slots.ends_E[-1]
-    out_RD = out_RD.where(is_here_R.unsqueeze(1), 0).float()
-    unsorted_RD = torch.empty_like(out_RD).index_copy(0, slots.slot_R, out_RD)
-    return unsorted_RD.view(-1, num_slots, out_RD.shape[1]).sum(1)
 
 
 class Peers:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lockstep.kernels.decode_experts import decode_experts
-from lockstep.kernels.decode_linears import linears, slot_weights, swiglu_linear
+from lockstep.kernels.decode_linears import linears, swiglu_linear
 from lockstep.kernels.experts import experts_reference
 from lockstep.kernels.norm_rotary import norm_and_rotate
 from lockstep.kernels.paged_attention import norm_rotate_store, paged_decode, paged_decode_reference, store_kv
@@ -239,19 +239,6 @@ def test_products_of_few_rows_are_as_good_as_plain(rows: int, width: int, sizes:
     wide = [F.linear(x.double(), w.double()) for w in (gate, up)]
     plain = F.silu(F.linear(x, gate)) * F.linear(x, up)
     check(lambda: swiglu_linear(x, gate, up), plain, F.silu(wide[0]) * wide[1])
-
-
-@pytest.mark.parametrize("normalise", [True, False])
-@pytest.mark.parametrize(("tokens", "experts", "slots"), [(0, 8, 2), (1, 128, 8), (37, 512, 10), (5, 4, 1)])
-def test_slot_weights_are_those_of_the_chosen_experts(tokens: int, experts: int, slots: int, normalise: bool) -> None:
-    """fp32 divisions of sums in another order: equal to a few roundings."""
-    probs = draw(tokens, experts).float().softmax(-1)
-    chosen = probs.topk(slots).indices
-    wanted = probs.double().gather(1, chosen)
-    wanted = wanted / wanted.sum(1, keepdim=True) if normalise else wanted
-    (got,) = twice_in_poisoned_memory(lambda: [slot_weights(probs, chosen, normalise, torch.float32)])
-    torch.testing.assert_close(got.double(), wanted, rtol=5e-7, atol=0)
-    assert slot_weights(probs, chosen, normalise, torch.bfloat16).dtype == torch.bfloat16
 
 
 def test_a_captured_graph_follows_its_inputs() -> None:

@@ -7,7 +7,9 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from real_servers import INSTALLED
+from real_servers import INSTALLED, load
+
+from lockstep.models import LanguageModel
 
 E2E = Path(__file__).parents[1] / "e2e" / "e2e_runs.py"
 
@@ -45,3 +47,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory, runs: ModuleType) -> list[
     """Two folders of one tiny Qwen3-MoE with other weights."""
     root = tmp_path_factory.mktemp("models")
     return [runs.write_model(root / name, seed) for seed, name in enumerate("AB")]
+
+
+@pytest.fixture(scope="module")
+def model(folders: list[Path]) -> LanguageModel:
+    """What the trainer would hold; tests write into it."""
+    return load(folders[0])

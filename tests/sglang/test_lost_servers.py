@@ -28,11 +28,6 @@ CLOSE = 1e-4
 
 
 @pytest.fixture(scope="module")
-def model(folders: list[Path]) -> LanguageModel:
-    return load(folders[0])
-
-
-@pytest.fixture(scope="module")
 def fleet(folders: list[Path], model: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerFleet]:
     """A server with weights that were trained since it began: version 3 is not what it would load by itself."""
     transport = TensorTransport(bucket_bytes=2**20, tp_size=1, timeout_s=120)

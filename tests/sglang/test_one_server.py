@@ -31,12 +31,6 @@ CLOSE = 1e-4
 
 
 @pytest.fixture(scope="module")
-def model(folders: list[Path]) -> LanguageModel:
-    """What the trainer would hold; tests write into it, and put version 0's weights back."""
-    return load(folders[0])
-
-
-@pytest.fixture(scope="module")
 def fleet(folders: list[Path], model: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerFleet]:
     work = tmp_path_factory.mktemp("fleet")
     fleet = start_fleet(folders[0], model, DiskTransport(work / "disk", timeout_s=120), work)

@@ -24,11 +24,6 @@ CLOSE = 1e-4
 
 
 @pytest.fixture(scope="module")
-def model(folders: list[Path]) -> LanguageModel:
-    return load(folders[0])
-
-
-@pytest.fixture(scope="module")
 def fleet(folders: list[Path], model: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerFleet]:
     """Both have version 1, which they were sent together."""
     transport = BroadcastTransport(backend="gloo", bucket_bytes=2**16, tp_size=1, host="127.0.0.1", timeout_s=120)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lockstep.kernels.attention import varlen_attention
+from lockstep.kernels.attention import SegmentAttention
 from lockstep.kernels.causal_conv import causal_conv
 from lockstep.kernels.gated_delta_rule import gated_delta_rule
 from lockstep.kernels.packed import PackedDocuments
@@ -47,14 +47,10 @@ class PackedSequences:
             self.slots_T,
             np.concatenate(slots_of) if self.has_context else [],
         )
-        self.state_slots, is_fresh, cu_queries, cu_keys = send(
-            [s.state_slot for s in sequences],
-            [start == 0 for start in starts],
-            np.cumsum([0, *self.lengths]),
-            np.cumsum([0, *ends]),
-        )
-        self.is_fresh, self.cu_queries, self.cu_keys = is_fresh.bool(), cu_queries.int(), cu_keys.int()
+        self.state_slots, is_fresh = send([s.state_slot for s in sequences], [start == 0 for start in starts])
+        self.is_fresh = is_fresh.bool()
         self.documents = PackedDocuments(self.lengths, self.input_ids.device)
+        self.segments = SegmentAttention(self.lengths, self.key_lengths, self.input_ids.device)
 
     def attend(self, attention_index: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
         cache = self.caches.kv[attention_index]
@@ -65,8 +61,7 @@ class PackedSequences:
             k_TKH, v_TKH = cache.flatten(2, 3).index_select(2, self.key_slots).transpose(1, 2)
         if not q_TNH.is_cuda:
             return _attention_by_sequence(q_TNH, k_TKH, v_TKH, self.lengths, self.key_lengths)
-        longest = max(self.lengths), max(self.key_lengths)
-        return varlen_attention(q_TNH, k_TKH, v_TKH, self.cu_queries, self.cu_keys, *longest)
+        return self.segments(q_TNH, k_TKH, v_TKH)
 
     def convolve(self, delta_index: int, x_TC: Tensor, weight_CW: Tensor) -> Tensor:
         pool = self.caches.conv[delta_index]

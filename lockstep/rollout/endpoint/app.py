@@ -11,6 +11,7 @@ import asyncio
 import json
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Coroutine
 from typing import TYPE_CHECKING, Any
 
@@ -116,7 +117,7 @@ class _Handlers:
         return self.limits.tokenizer.decode(token_ids, skip_special_tokens=True)
 
 
-class _Writer:
+class _Writer(ABC):
     """Replies to one request, in the manner of one route."""
 
     kind = chunk_kind = prefix = ""
@@ -127,18 +128,18 @@ class _Writer:
         self.id = f"{self.prefix}-{uuid.uuid4().hex}"
         self.created = int(time.time())
 
-    def choice(self, index: int, text: str, log_probs: dict[str, Any] | None, reason: str) -> dict[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def choice(self, index: int, text: str, log_probs: dict[str, Any] | None, reason: str) -> dict[str, Any]: ...
 
     def first_delta(self, index: int) -> dict[str, Any] | None:
         """What a stream says before a choice's first text."""
         return None
 
-    def delta(self, index: int, text: str, log_probs: dict[str, Any] | None, reason: str | None) -> dict[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def delta(self, index: int, text: str, log_probs: dict[str, Any] | None, reason: str | None) -> dict[str, Any]: ...
 
-    def log_probs(self, token_ids: list[int], log_probs: list[float]) -> dict[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def log_probs(self, token_ids: list[int], log_probs: list[float]) -> dict[str, Any]: ...
 
     def whole(self, generations: list[Generation]) -> dict[str, Any]:
         choices = []

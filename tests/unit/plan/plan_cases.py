@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 from lockstep.config import Config
 
-_MOE: dict[str, Any] = {
-    "model_type": "qwen3_moe",
-    "vocab_size": 151936,
-    "num_hidden_layers": 48,
-    "hidden_size": 2048,
-    "intermediate_size": 6144,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "head_dim": 128,
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-    "moe_intermediate_size": 768,
-    "norm_topk_prob": True,
-    "rope_theta": 1e6,
-    "max_position_embeddings": 40960,
-    "tie_word_embeddings": False,
-}
+_MODELS = Path(__file__).parents[3] / "recipes" / "models"
+
+
+def _published(name: str) -> dict[str, Any]:
+    shape: dict[str, Any] = json.loads((_MODELS / name / "config.json").read_text())
+    return shape
+
+
+_MOE = _published("Qwen3-30B-A3B")
 SHAPES: dict[str, dict[str, Any]] = {
     "30B-A3B": _MOE,
     "235B-A22B": _MOE
@@ -33,42 +27,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 64,
         "moe_intermediate_size": 1536,
     },
-    "Next-80B-A3B": {
-        "model_type": "qwen3_next",
-        "vocab_size": 151936,
-        "num_hidden_layers": 48,
-        "hidden_size": 2048,
-        "intermediate_size": 5120,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 2,
-        "head_dim": 256,
-        "num_experts": 512,
-        "num_experts_per_tok": 10,
-        "moe_intermediate_size": 512,
-        "shared_expert_intermediate_size": 512,
-        "linear_num_key_heads": 16,
-        "linear_num_value_heads": 32,
-        "linear_key_head_dim": 128,
-        "linear_value_head_dim": 128,
-        "linear_conv_kernel_dim": 4,
-        "full_attention_interval": 4,
-        "partial_rotary_factor": 0.25,
-        "rope_theta": 1e7,
-        "max_position_embeddings": 262144,
-    },
-    "4B": {
-        "model_type": "qwen3",
-        "vocab_size": 151936,
-        "num_hidden_layers": 36,
-        "hidden_size": 2560,
-        "intermediate_size": 9728,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "tie_word_embeddings": True,
-        "rope_theta": 1e6,
-        "max_position_embeddings": 40960,
-    },
+    "Next-80B-A3B": _published("Qwen3-Next-80B-A3B-Thinking"),
+    "4B": _published("Qwen3-4B"),
 }
 """As published."""
 
