@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 import torch
 import triton
+from loads import long_tail, random_prompts
 
 from lockstep.kernels.packed import PackedDocuments
 from lockstep.models import LanguageModel, ModelConfig, build_model, read_model_config
@@ -310,19 +311,24 @@ def short(model: LanguageModel, options: argparse.Namespace, limits: dict[str, f
     found = {}
     for batch in options.batches:
         with engine_for(model, tokens=batch * 656, running=batch) as engine:
-            prompts = random_prompts(model.config, batch, 128)
+            prompts = random_prompts(batch, 128)
             serve(engine, prompts, [8] * batch)  # kernels and the large graph
             engine.set_version(engine.version + 1)
-            time_s = serve(engine, prompts, [512] * batch)
-        found[str(batch)] = {"tokens_per_s": batch * 512 / time_s, "time_s": time_s}
+            arrivals: list[float] = []
+            time_s = serve(engine, prompts, [512] * batch, arrivals)
+        found[str(batch)] = {
+            "tokens_per_s": batch * 512 / time_s,
+            "time_s": time_s,
+            "last_first_token_s": arrivals[batch - 1],
+            "ms_per_step": 1e3 * (arrivals[-1] - arrivals[batch - 1]) / 511,
+        }
         gc.collect()
         torch.cuda.empty_cache()
     return found
 
 
 def tail(model: LanguageModel, options: argparse.Namespace, limits: dict[str, float]) -> dict[str, Any]:
-    lengths = response_lengths(512)
-    prompts = [prompt for prompt in random_prompts(model.config, 64, 128) for _ in range(8)]
+    prompts, lengths = long_tail()
     with engine_for(model, tokens=sum(lengths) + 512 * 160, running=512) as engine:
         cold_s = serve(engine, prompts, lengths)
         engine.set_version(engine.version + 1)
@@ -339,22 +345,15 @@ def tail(model: LanguageModel, options: argparse.Namespace, limits: dict[str, fl
     }
 
 
-def response_lengths(count: int, mean: int = 1024, cap: int = 4096) -> list[int]:
-    drawn = np.random.default_rng(0).lognormal(sigma=1.0, size=count)
-    scale = mean / drawn.mean()
-    for _ in range(20):
-        scale *= mean / np.clip(drawn * scale, 1, cap).mean()
-    return [int(n) for n in np.clip(drawn * scale, 1, cap).round()]
+def serve(
+    engine: EmbeddedEngine, prompts: list[list[int]], lengths: list[int], arrivals: list[float] | None = None
+) -> float:
+    """Seconds to the last token; `arrivals` gets those to every token, in order."""
+    on_token = None if arrivals is None else lambda *_: arrivals.append(time.perf_counter() - started)
 
-
-def random_prompts(config: ModelConfig, count: int, tokens: int) -> list[list[int]]:
-    return np.random.default_rng(1).integers(0, config.vocab_size, (count, tokens)).tolist()
-
-
-def serve(engine: EmbeddedEngine, prompts: list[list[int]], lengths: list[int]) -> float:
     async def all_of_them() -> None:
         calls = [
-            engine.generate(prompt, SamplingParams(max_new_tokens=length), (0, 0, number // 8, number % 8))
+            engine.generate(prompt, SamplingParams(max_new_tokens=length), (0, 0, number // 8, number % 8), on_token)
             for number, (prompt, length) in enumerate(zip(prompts, lengths, strict=True))
         ]
         answers = await asyncio.gather(*calls)
@@ -374,7 +373,7 @@ def prefill(model: LanguageModel, options: argparse.Namespace, limits: dict[str,
     config, times = model.config, []
     with engine_for(model, tokens=2 * 16384 + 256, running=8) as engine:
         for attempt in range(4):
-            for number, prompt in enumerate(random_prompts(config, 4, 4096)):
+            for number, prompt in enumerate(random_prompts(4, 4096)):
                 engine.add(engine.sequence(prompt, SamplingParams(max_new_tokens=1), (0, attempt, number)))
             torch.cuda.synchronize()
             started = time.perf_counter()
@@ -404,7 +403,7 @@ def active_parameters(model: LanguageModel) -> float:
 
 def switch(model: LanguageModel, options: argparse.Namespace, limits: dict[str, float]) -> dict[str, Any]:
     """Give the caches' memory back, fill it with something else, take it again; graphs and weights stay."""
-    prompts = random_prompts(model.config, 4, 64)
+    prompts = random_prompts(4, 64)
     with engine_for(model, tokens=10**9, running=64) as engine:
         memory = engine.runner.caches.memory
         before = serve_tokens(engine, prompts)
@@ -465,7 +464,7 @@ def numerics(model: LanguageModel, options: argparse.Namespace, limits: dict[str
         scale *= 1.5
         model.lm_head.weight.copy_(own_head * scale)
     with engine_for(model, tokens=64 * 1024, running=64) as engine:
-        prompts = random_prompts(config, 48, 200)
+        prompts = random_prompts(48, 200)
 
         async def sample() -> list[Any]:
             params = SamplingParams(max_new_tokens=256)

@@ -58,8 +58,10 @@ def main() -> None:
         "steps": [],
     }
     print(json.dumps(result), flush=True)
+    forward = ForwardTimer(trainer)
     before = fingerprints(trainer)
     for number in range(options.steps):
+        forward.begin()
         measured = timed_step(trainer, number)
         result["steps"].append(measured)
         print(json.dumps(measured), flush=True)
@@ -67,8 +69,9 @@ def main() -> None:
             after = fingerprints(trainer)
             result["unchanged_masters"] = [name for name in before if before[name] == after[name]]
             print("masters that did not change:", result["unchanged_masters"], flush=True)
-    result["overlapped"] = overlapped_steps(trainer, options.overlapped_steps)
-    print(json.dumps(result["overlapped"]), flush=True)
+    result["overlapped"] = overlapped_steps(trainer, options.overlapped_steps, forward)
+    result["forward_s"] = forward.seconds()
+    print(json.dumps(result["overlapped"]), "forward", result["forward_s"], flush=True)
     options.output.write_text(json.dumps(result, indent=2) + "\n")
 
 
@@ -121,7 +124,7 @@ def samples(seed: int) -> list[TrainSample]:
     ]
 
 
-def overlapped_steps(trainer: LocalTrainer, count: int) -> dict[str, Any]:
+def overlapped_steps(trainer: LocalTrainer, count: int, forward: ForwardTimer) -> dict[str, Any]:
     """Steps as a run makes them. A step returns when its gradient norm is known, so from the second on each takes its
     own passes and what the update before it added to them."""
     batches = [samples(100 + number) for number in range(count)]
@@ -129,9 +132,10 @@ def overlapped_steps(trainer: LocalTrainer, count: int) -> dict[str, Any]:
     torch.cuda.synchronize()
     marks, norms = [time.perf_counter()], []
     for batch in batches:
+        forward.begin()
         norms.append(trainer.step(batch).metrics["train/grad_norm"])
         marks.append(time.perf_counter())
-    dict(trainer.optimizer.named_state())  # waits for the last update
+    trainer.optimizer.synchronize()
     torch.cuda.synchronize()
     last_update_s = time.perf_counter() - marks[-1]
     steps_s = [end - start for start, end in pairwise(marks)]
@@ -148,6 +152,31 @@ def overlapped_steps(trainer: LocalTrainer, count: int) -> dict[str, Any]:
     }
 
 
+class ForwardTimer:
+    """The GPU's time of every step from its beginning until the last layer of the last micro-batch's forward."""
+
+    def __init__(self, trainer: LocalTrainer) -> None:
+        self._events: list[list[torch.cuda.Event]] = []
+        trainer.model.model.norm.register_forward_pre_hook(self._mark, prepend=True)
+
+    def begin(self) -> None:
+        self._events.append([])
+        self._record()
+
+    def _mark(self, *_: Any) -> None:
+        if self._events and len(self._events[-1]) == 1:
+            self._record()
+
+    def _record(self) -> None:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self._events[-1].append(event)
+
+    def seconds(self) -> list[float]:
+        torch.cuda.synchronize()
+        return [begin.elapsed_time(end) / 1e3 for begin, end in self._events]
+
+
 def timed_step(trainer: LocalTrainer, number: int) -> dict[str, Any]:
     """One step; the update's share is what passes between the end of backward and the end of the update."""
     batch = samples(number)
@@ -159,7 +188,7 @@ def timed_step(trainer: LocalTrainer, number: int) -> dict[str, Any]:
         marks["backward"] = time.perf_counter()
         marks["allocated"] = torch.cuda.max_memory_allocated()
         grad_norm = start_update(lr)
-        dict(trainer.optimizer.named_state())  # waits for the update
+        trainer.optimizer.synchronize()
         torch.cuda.synchronize()
         return grad_norm
 
@@ -197,10 +226,14 @@ def fingerprints(trainer: LocalTrainer) -> dict[str, int]:
     """A sum over the bits of every tensor's master: weight bits and remainder."""
     state = dict(trainer.optimizer.named_state())
     return {
-        name: int(parameter.detach().view(torch.int16).sum(dtype=torch.int64)) * 2**16
-        + int(state[f"remainder.{name}"].sum(dtype=torch.int64))
+        name: bits(parameter.detach().view(torch.int16)) * 2**16 + bits(state[f"remainder.{name}"])
         for name, parameter in trainer.model.named_parameters()
     }
+
+
+def bits(numbers: torch.Tensor) -> int:
+    """Their sum, part by part: on a CPU torch widens all that it sums."""
+    return sum(int(part.sum(dtype=torch.int64)) for part in numbers.flatten().split(2**24))
 
 
 def host_peak_gib() -> float:

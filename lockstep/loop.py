@@ -180,6 +180,7 @@ def train_on(run: Run, observer: Observer, rollout_id: int, groups: list[Group])
     before = prepare_log_probs(run, observer, data)
     with observer.clock.phase("train", len(data.samples), "perf/actor_train_time"):
         results = [run.trainer.step(step) for step in data.steps]
+        run.trainer.finish_update()
     policy = before or results[0].policy
     metrics = staleness | observer.train(data, results, policy)
     parity = measure_parity(data.samples, policy, version)

@@ -46,6 +46,9 @@ class GroupTrainer:
         self.version += 1
         return result
 
+    def finish_update(self) -> None:
+        """Ranks do so in each step."""
+
     def update_reference(self) -> None:
         self.group.call("update_reference")
 

@@ -151,7 +151,7 @@ class OptimizerOptions(OptionGroup):
     optimizer_offload_fraction: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Share of the parameters whose state optimizer_cpu_offload moves, from the model's end."""
     overlap_cpu_optimizer_d2h_h2d: bool = False
-    """Copy state in, update and copy it out at the same time, for two more buffers on the GPU."""
+    """Copy state in, update and copy it out at the same time, for four more buffers on the GPU."""
     seed: int = 1234
     """Seed of the generators of Python, NumPy and PyTorch, for hooks that draw from them, and of the rounding of
     bf16 and 8-bit moments. Sampling has rollout_seed."""

@@ -6,6 +6,7 @@ T rows, D width in, O width out, I inner width, E experts, S slots per token.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -31,10 +32,34 @@ def linears(x_TD: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
     return [F.linear(x_TD, weight) for weight in weights]
 
 
+def linears_at_once(x_TD: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+    """`x @ weight.T` for each weight, on a GPU side by side: products of some hundred rows do not fill it alone."""
+    if not x_TD.is_cuda:
+        return [F.linear(x_TD, weight) for weight in weights]
+    here = torch.cuda.current_stream()
+    # What one of these streams reuses was read before: its next work follows all that this stream has done until then.
+    streams = [_stream(x_TD.device, number) for number in range(len(weights) - 1)]
+    found = []
+    for stream, weight in zip(streams, weights[1:], strict=True):
+        stream.wait_stream(here)
+        with torch.cuda.stream(stream):
+            found.append(F.linear(x_TD, weight))
+    found.insert(0, F.linear(x_TD, weights[0]))
+    for stream in streams:
+        here.wait_stream(stream)
+    return found
+
+
+@cache
+def _stream(device: torch.device, number: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
 def swiglu_linear(x_TD: Tensor, gate_ID: Tensor, up_ID: Tensor) -> Tensor:
     """`silu(x @ gate.T) * (x @ up.T)`, `[T, I]`; for few rows in one launch, without gradients."""
     if _fits(x_TD, gate_ID, up_ID):
         from lockstep.kernels.decode_linears_triton import swiglu_linear_triton
 
         return swiglu_linear_triton(x_TD, gate_ID, up_ID)
-    return swiglu(F.linear(x_TD, gate_ID), F.linear(x_TD, up_ID))
+    gate_TI, up_TI = linears_at_once(x_TD, [gate_ID, up_ID])
+    return swiglu(gate_TI, up_TI)

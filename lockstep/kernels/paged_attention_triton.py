@@ -8,14 +8,12 @@ at most two from a program, and a second kernel joins them in order.
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lockstep.kernels.overlap_triton import begin, overlapping
+from lockstep.kernels.overlap_triton import begin, num_multiprocessors, overlapping
 
 _PARTS = 32
 """Partial sums that are joined at once."""
@@ -26,11 +24,6 @@ def _settings(head_dim: int) -> dict[str, int]:
     if head_dim <= 128:
         return {"tile": 64, "per_sm": 2, "stages": 3, "warps": 4}
     return {"tile": 32, "per_sm": 2, "stages": 3, "warps": 4}
-
-
-@cache
-def _num_multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
 def paged_decode_triton(q_BNH: Tensor, kv_cache: Tensor, block_tables_BM: Tensor, lengths_B: Tensor) -> Tensor:
@@ -59,7 +52,7 @@ def decode_with(
         return out_BNH
     if q_BNH.stride(2) != 1:
         q_BNH = q_BNH.contiguous()
-    group, programs = heads // keys, per_sm * _num_multiprocessors(q_BNH.device)
+    group, programs = heads // keys, per_sm * num_multiprocessors(q_BNH.device)
     # Of every program: two partial sums, with the largest score and the sum of weights of each, and a join to do.
     sums = torch.empty((programs, 2, group, head_dim), dtype=torch.float32, device=q_BNH.device)
     stats = torch.empty((programs, 2, group, 2), dtype=torch.float32, device=q_BNH.device)

@@ -14,6 +14,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lockstep.kernels.overlap_triton import begin, overlapping
+
 _PROGRAMS = 1056
 """Programs of a backward pass: about eight on each multiprocessor of a large GPU."""
 
@@ -34,6 +36,7 @@ class RMSNorm(torch.autograd.Function):
             _rms_norm_forward[(x.numel() // width,)](
                 rows, added, weight_D, stream, normed, width, eps, weight_offset,
                 ADDS=update is not None, BLOCK=triton.next_power_of_2(width), num_warps=_num_warps(width),
+                **overlapping(x.device),
             )  # fmt: skip
         ctx.save_for_backward(rows if update is None else stream, weight_D)
         ctx.adds, ctx.eps, ctx.weight_offset = update is not None, eps, weight_offset
@@ -67,8 +70,10 @@ def _num_warps(width: int) -> int:
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _rms_norm_forward(  # type: ignore[no-untyped-def]
-    x_ptr, update, weight, stream, normed, width, eps, weight_offset, ADDS: tl.constexpr, BLOCK: tl.constexpr
-):
+    x_ptr, update, weight, stream, normed, width, eps, weight_offset, ADDS: tl.constexpr, BLOCK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    begin(OVERLAPS)
     row = tl.program_id(0).to(tl.int64) * width
     column = tl.arange(0, BLOCK)
     inside = column < width

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lockstep.kernels.overlap_triton import begin, overlapping
+
 
 def route_triton(logits_TE: Tensor, slots: int, *, renormalises: bool) -> tuple[Tensor, Tensor]:
     """`route`: a token for each program, everything in registers."""
@@ -18,6 +20,7 @@ def route_triton(logits_TE: Tensor, slots: int, *, renormalises: bool) -> tuple[
         _route[(tokens,)](
             logits_TE, ids_TS, weights_TS, experts, RENORMALISES=renormalises,
             SLOTS=slots, PLACES=triton.next_power_of_2(slots), BLOCK=triton.next_power_of_2(experts), num_warps=1,
+            **overlapping(logits_TE.device),
         )  # fmt: skip
     return ids_TS, weights_TS
 
@@ -26,7 +29,9 @@ def route_triton(logits_TE: Tensor, slots: int, *, renormalises: bool) -> tuple[
 def _route(  # type: ignore[no-untyped-def]
     logits, ids, weights, experts,
     RENORMALISES: tl.constexpr, SLOTS: tl.constexpr, PLACES: tl.constexpr, BLOCK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
+    begin(OVERLAPS)
     token = tl.program_id(0).to(tl.int64)
     expert = tl.arange(0, BLOCK)
     x = tl.load(logits + token * experts + expert, mask=expert < experts, other=float("-inf")).to(tl.float32)

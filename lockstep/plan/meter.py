@@ -105,9 +105,9 @@ class ProcessMeter:
         kinds = [kind for kind in ("gpu", "host") if any(kind == k for _, k in self._highest)]
         for kind in kinds:
             parts = [
-                f"{phase} {size:.3g} ({self._predicted.get((phase, kind), 0.0):.3g})"
+                f"{phase} {size:.3g}" + (f" ({predicted:.3g})" if (predicted := self._predicted.get(place)) else "")
                 for phase in _PARTS
-                if (size := self._highest.get((phase, kind))) is not None
+                if (size := self._highest.get(place := (phase, kind))) is not None
             ]
             label = "GPU" if kind == "gpu" else "host"
             yield f"{label} memory, highest GiB (predicted): {', '.join(parts)}"

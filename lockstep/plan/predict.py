@@ -6,6 +6,7 @@ Sizes come from the functions that allocate, called with shapes (`place_state`, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -24,7 +25,7 @@ from lockstep.plan.shares import largest_stage, num_dense
 from lockstep.rollout.embedded.caches import bytes_of_states, bytes_per_token
 from lockstep.trainer.optimizer.host_memory import RESERVE
 from lockstep.trainer.optimizer.placement import place_state
-from lockstep.trainer.optimizer.streaming import piece_bytes
+from lockstep.trainer.optimizer.streaming import num_buffers, piece_bytes
 
 CONTEXT = GIB // 2
 """Bytes that CUDA and its libraries take on a GPU before the first tensor. An estimate."""
@@ -32,12 +33,16 @@ CONTEXT = GIB // 2
 ALLOCATOR_SHARE = 0.031
 """What torch's allocator holds above the tensors' peak: 134.6 GiB for 130.55 in steps of Qwen3-30B-A3B."""
 
-PROCESS = {"cpu": int(0.42 * GIB), "cuda": int(4.6 * GIB)}
-"""Host memory of Python, torch, a tokenizer and a step's samples, measured: a tiny model on a CPU, with torch 2.13, and
-Qwen3-30B-A3B on a GPU, where it is what 108.3 GiB leave beside the pinned state."""
+PROCESS = {"cpu": int(0.42 * GIB), "cuda": int(1.9 * GIB)}
+"""Host memory of Python, torch, a tokenizer and a step's samples, measured: a tiny model on a CPU, with torch 2.13; on
+a GPU what 13.9 GiB leave beside the pinned state in a run of 1.3 billion parameters."""
 
-LOADED_PROCESS = {"cpu": int(0.37 * GIB), "cuda": PROCESS["cuda"]}
-"""The same when the model is loaded and nothing has been computed: measured on a CPU."""
+LOADED_PROCESS = {"cpu": int(0.37 * GIB), "cuda": int(0.9 * GIB)}
+"""The same when the model is loaded and nothing has been computed."""
+
+TENSORS_IN_FLIGHT = 4
+"""Of a save from a GPU, beside the state in host memory: one that is written, its bytes on their way to the file, and
+the next ones as they come. 3.1 GiB were measured where the largest has 0.75."""
 
 REWARD_WORKER = int(0.08 * GIB)
 """Measured with a reward of ours. They start with the first rollout."""
@@ -48,8 +53,8 @@ FILE = 5 * 10**9
 _KV_SHARE = 0.8
 """Of what training leaves, for the KV cache that no option sizes; the rest covers errors of the prediction."""
 
-GRAPHS = GIB // 2
-"""Of the graphs of decoding beside their logits. An estimate."""
+GRAPHS = GIB // 8
+"""Of the graphs of decoding beside their logits: measured peaks of a run leave about 0.1 GiB for them."""
 
 _FEWEST_SAMPLES = 8
 """Of full length, that such a KV cache has room for at least. Fewer would decode very slowly."""
@@ -148,6 +153,8 @@ class _State:
     on_host: int
     buffer: int
     """One of those through which the state on the host is streamed."""
+    largest: int
+    """Its largest tensor."""
 
 
 @cache
@@ -155,7 +162,9 @@ def _optimizer_state(model: ModelConfig, layout: Layout, dtype: torch.dtype, opt
     parameters = largest_stage(model, layout, dtype).parameters
     placement = place_state(parameters, options)
     pieces = [piece_bytes(placement.layouts[name], parameters[name].numel()) for name in placement.on_host]
-    return _State(placement.device_bytes, placement.host_bytes, max(pieces, default=0))
+    tensors = (entry for layout in placement.layouts.values() for entry in layout.values())
+    largest = max(math.prod(shape) * dtype.itemsize for shape, dtype in tensors)
+    return _State(placement.device_bytes, placement.host_bytes, max(pieces, default=0), largest)
 
 
 class _Predictor:
@@ -211,7 +220,7 @@ class _Predictor:
         file = min(FILE, self.whole.total * self.element) - self._host.get(_PINNED, 0)
         yield self._phase("load", [("at its end", caches)], always, self._loading(file) | routes)
         if self.samples:
-            moments = [(moment, caches | items) for moment, items in self._rollout_moments]
+            moments = [(moment, caches | items) for moment, items in self._rollout_moments(kv_tokens)]
             yield self._phase("rollout", moments, always, routes)
         if self._has_log_probs_pass:
             yield self._phase("log-probs", self._log_probs_moments, always, routes)
@@ -249,16 +258,18 @@ class _Predictor:
 
     @property
     def _saving(self) -> Items:
-        """From a GPU: one tensor is written while the next is copied."""
         tensor = self.stage.largest_tensor * self.element
-        return {"tensors on their way to files": 2 * self.ranks_here * tensor} if self.on_gpu else {}
+        if not self.config.checkpoint.no_save_optim:
+            tensor = max(tensor, self.state.largest)
+        flying = TENSORS_IN_FLIGHT * self.ranks_here * tensor
+        return {"tensors on their way to files": flying} if self.on_gpu else {}
 
     # What is there in all phases
 
     def _resident(self, kv_tokens: int) -> Items:
         weights = self.stored.total * self.element
         is_streamed = self.on_gpu and self.state.on_host > 0
-        buffers = 3 if self.options.overlap_cpu_optimizer_d2h_h2d else 1
+        buffers = num_buffers(overlaps=self.options.overlap_cpu_optimizer_d2h_h2d)
         items = {
             "weights": weights,
             "reference model": weights if self.config.algorithm.use_kl_loss else 0,
@@ -323,14 +334,13 @@ class _Predictor:
     def _running(self) -> int:
         return self.config.rollout.rollout_max_running_requests
 
-    @cached_property
-    def _rollout_moments(self) -> list[Moment]:
+    def _rollout_moments(self, kv_tokens: int) -> list[Moment]:
         longest, model = self.batches.longest_sample, self.model
         samples = -(-self.batches.samples_per_rollout // self.num_ranks)
         running = max(1, min(self._running, samples))
         context = 2 * running * longest * model.num_key_value_heads * model.head_dim * self.element
         scores = running * longest * model.num_attention_heads * (2 * 4 + self.element)
-        prompts = self._pack(min(max(16384, longest), running * longest))
+        prompts = self._pack(min(max(16384, longest), running * self._longest_prefill(running, kv_tokens)))
         gathered = {"dense weights of all ranks": num_dense(model) * self.element if self.num_ranks > 1 else 0}
         logits = {"logits": 3 * 4 * running * model.vocab_size}
         in_prefill = ("in a prefill", gathered | {"one layer": self._forward_bytes(prompts)} | logits)
@@ -340,6 +350,15 @@ class _Predictor:
             in_prefill,
             ("in a decode", gathered | {"keys and values that a layer reads": context, "attention scores": scores}),
         ]
+
+    def _longest_prefill(self, running: int, kv_tokens: int) -> int:
+        """Tokens of a sequence that one pass may have to compute: all of them where it can be continued, by another
+        turn, by a partial rollout, or after it gave way to others in a cache too small for all."""
+        rollout, longest = self.config.rollout, self.batches.longest_sample
+        continues = rollout.custom_generate_function_path is not None or rollout.partial_rollout
+        if continues or running * longest > kv_tokens:
+            return longest
+        return min(longest, rollout.longest_prompt or longest)
 
     # Training
 

@@ -49,6 +49,11 @@ class TrainingEngine(Protocol):
         """One optimizer step over a global batch whose loss weights are set."""
         ...
 
+    def finish_update(self) -> None:
+        """Wait until the last step's update has let go of its memory: it may hide behind the next step, and nothing
+        else may take that memory before."""
+        ...
+
     def update_reference(self) -> None:
         """Make the current policy the reference model."""
         ...

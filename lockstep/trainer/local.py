@@ -151,6 +151,9 @@ class LocalTrainer(Counts):
         self.optimizer.wait(self.optimizer.parameters)
         yield self.model
 
+    def finish_update(self) -> None:
+        self.optimizer.synchronize()
+
     def update_reference(self) -> None:
         assert self.reference is not None, "no reference model was loaded"
         self.optimizer.wait(self.optimizer.parameters)

@@ -18,7 +18,7 @@ from torch import Tensor
 from lockstep.kernels.fixed_attention import FixedAttention, cached_rows, fixed_paged_decode
 from lockstep.kernels.fixed_product import fixed_product
 from lockstep.kernels.fused import is_fused
-from lockstep.kernels.linear_log_probs import EXCLUDED, linear_logits
+from lockstep.kernels.linear_log_probs import EXCLUDED
 from lockstep.kernels.paged_attention import store_kv
 from lockstep.kernels.sample import sample_tokens
 from lockstep.models.layers.moe import RecordRoutes
@@ -90,7 +90,7 @@ class ExactRunner(AheadRunner):
     prefill = ExactSequences
 
     def _logits(self, hidden_BD: Tensor) -> Tensor:
-        return linear_logits(hidden_BD, self.model.lm_head.weight, product=fixed_product)
+        return fixed_product(hidden_BD, self.model.lm_head.weight)
 
     def _sample(self, sequences: list[Sequence], logits_BV: Tensor, uniforms_B: Tensor) -> Sampled:
         sampled = super()._sample(sequences, logits_BV, uniforms_B)

@@ -87,14 +87,18 @@ class Optimizer:
                     enqueued.result()
                 self._stream.wait(name)
 
+    def synchronize(self) -> None:
+        """Block until every update is done: gradients are free, and state in host memory is up to date."""
+        if self._stream is not None:
+            self.wait(self.parameters)
+            self._stream.synchronize()
+
     def named_state(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor that a checkpoint must hold beside the weights, itself and not a copy.
 
         Names tell the format, so that a checkpoint of other moments is refused and not misread.
         """
-        if self._stream is not None:
-            self.wait(self.parameters)
-            self._stream.synchronize()
+        self.synchronize()
         yield "step", self._step
         for name, state in self._states.items():
             for key, tensor in state.items():

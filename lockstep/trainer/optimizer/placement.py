@@ -12,8 +12,8 @@ Bytes per parameter:
     weights                                             61.1                61.1
     gradients in bf16                                   61.1   61.1, freed one by one
     state that is not offloaded (12 %)                  14.9                14.9
-    three streaming buffers                              0.4                 0.4
-    sum                                                137.5               137.5
+    five streaming buffers                               0.7                 0.7
+    sum                                                137.8               137.8
 
     in host memory, in GB: 88 % of 124.0, pinned       109.1
 

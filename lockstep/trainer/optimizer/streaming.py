@@ -1,9 +1,14 @@
 """Updates whose state lives in pinned host memory: in to the GPU, one pass of the kernel, and out again.
 
-State goes through device buffers in pieces of some rows of a weight. With overlap there are three buffers and three
-streams, so that one piece comes in while another is updated and a third goes out: the link is busy both ways.
+State goes through device buffers in pieces of some rows of a weight. With overlap there are three streams, so that one
+piece comes in while another is updated and a third goes out: the link is busy both ways. Updates go before whatever
+else the GPU has to do, or each would wait for the end of a large product; two buffers more make up for those that wait
+all the same.
 
-Nothing comes in during backward. Without memory of its own that would save the first three pieces' way, some
+Whoever enqueues waits for a buffer to be free. CUDA would let some thousand operations pile up and then block in the
+middle of one, now and then with Python's lock held, while another thread has a forward pass to launch.
+
+Nothing comes in during backward. Without memory of its own that would save the first pieces' way, some
 milliseconds a step; and memory that could take more of the state early could keep it for good (`place_state`).
 """
 
@@ -26,6 +31,11 @@ _ALIGNMENT = 256
 def piece_bytes(layout: Layout, num_elements: int) -> int:
     """Most bytes of state in one piece of a weight of this many numbers."""
     return math.ceil(layout_bytes(layout) * min(1.0, PIECE / num_elements))
+
+
+def num_buffers(*, overlaps: bool) -> int:
+    """Pieces whose state is on the device at once."""
+    return 5 if overlaps else 1
 
 
 class _Buffer:
@@ -56,9 +66,10 @@ class StateStream:
     def __init__(self, device: torch.device, piece_bytes: int, *, overlap: bool) -> None:
         current = torch.cuda.current_stream(device)
         self._overlap = overlap
-        self._in, self._compute, self._out = (torch.cuda.Stream(device) if overlap else current for _ in range(3))
+        streams = (torch.cuda.Stream(device, priority=-1) if overlap else current for _ in range(3))
+        self._in, self._compute, self._out = streams
         size = piece_bytes + 8 * _ALIGNMENT
-        self._buffers = [_Buffer(size, device) for _ in range(3 if overlap else 1)]
+        self._buffers = [_Buffer(size, device) for _ in range(num_buffers(overlaps=overlap))]
         self._num_pieces = 0
         self._updated: dict[str, torch.cuda.Event] = {}
         self._in.wait_stream(current)  # the buffers' memory may still be in use there
@@ -90,8 +101,9 @@ class StateStream:
     ) -> None:
         buffer = self._buffers[self._num_pieces % len(self._buffers)]
         self._num_pieces += 1
+        if self._overlap:
+            buffer.left.synchronize()  # without overlap one stream does one thing after the other
         with torch.cuda.stream(self._in):
-            self._in.wait_event(buffer.left)
             state = buffer.fill(on_host)
             buffer.arrived.record()
         with torch.cuda.stream(self._compute):

@@ -30,7 +30,7 @@ def plan(shape: str, options: dict[str, Any], hardware: str = ONE_H200, **change
 
 @pytest.mark.parametrize("kernels", ["plain", "fused"])
 @pytest.mark.parametrize(
-    ("layers", "after_setup_gib", "peak_gib"), [(48, 69.09, 130.55), (3, 6.20, 15.43)], ids=["48 layers", "3 layers"]
+    ("layers", "after_setup_gib", "peak_gib"), [(48, 69.35, 130.80), (3, 6.45, 15.68)], ids=["48 layers", "3 layers"]
 )
 def test_30b_by_layer_takes_what_it_took(
     layers: int, after_setup_gib: float, peak_gib: float, kernels: Kernels
@@ -44,8 +44,9 @@ def test_30b_by_layer_takes_what_it_took(
 
 def test_30b_by_layer_reserves_and_pins_what_it_did() -> None:
     backward = plan("30B-A3B", ONE_GPU, samples=False).phase("backward")
-    assert (backward.gpu_bytes - backward.gpu["CUDA"]) / GIB == pytest.approx(134.6, rel=WITHIN)
-    assert backward.host_bytes / GIB == pytest.approx(108.3, rel=WITHIN)
+    assert (backward.gpu_bytes - backward.gpu["CUDA"]) / GIB == pytest.approx(135.2, rel=WITHIN)
+    # 108.3 were measured, 3.0 of which were the benchmark's own sum over the largest tensor, widened to 64 bits.
+    assert backward.host_bytes / GIB == pytest.approx(105.3, rel=WITHIN)
     assert backward.host["optimizer state, pinned"] / GIB == pytest.approx(103.7, rel=0.01)
 
 
