@@ -68,3 +68,11 @@ def test_where_nothing_is_measured_nothing_is_said() -> None:
     meter.stop("train")
     assert meter.take() == {}
     assert list(meter.summary()) == []
+
+
+def test_a_peak_for_which_nothing_was_predicted_stands_alone() -> None:
+    """As of sampling, where SGLang's servers do it."""
+    prediction = predict(config(GRPO), read_model_config(SHAPES["4B"]), Hardware.parse("256G-host"), samples=False)
+    meter = ProcessMeter(prediction, torch.device("cpu"))
+    peak = measured(meter, "rollout", 2**20)
+    assert list(meter.summary()) == [f"host memory, highest GiB (predicted): rollout {peak:.3g}"]

@@ -244,3 +244,16 @@ def test_a_run_without_a_sampler_of_its_own_has_none_of_its_caches() -> None:
     found = predict(config(GRPO), hybrid, Hardware.parse(ONE_H200), samples=False)
     rows = {name for phase in found.phases for name in phase.gpu}
     assert not rows & {"KV cache", "delta-rule states", "graphs of decoding"}
+
+
+def test_a_prefill_is_of_prompts_unless_responses_may_have_to_be_computed_again() -> None:
+    """32 prompts of 64 tokens are 2,048; all of 16,384, which a pass may have, where samples are continued by another
+    turn or in another rollout, or where the cache is too small for all, so that some give way and come back."""
+    short = {"rollout_batch_size": 4, "rollout_max_prompt_len": 64, "rollout_max_response_len": 2000}
+
+    def layer(**changes: Any) -> int:
+        return plan("4B", GRPO | short, **changes).phase("rollout").gpu["one layer"]
+
+    assert layer(partial_rollout=True) == pytest.approx(8 * layer(), rel=0.01)
+    assert layer(partial_rollout=True) == layer(custom_generate_function_path="turns.py:generate")
+    assert layer(partial_rollout=True) == layer(rollout_max_tokens=20_000)
