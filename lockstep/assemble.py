@@ -9,6 +9,7 @@ import socket
 import sys
 from collections.abc import Callable
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,13 @@ from lockstep.algorithms import AdvantageEstimator, make_advantage_estimator
 from lockstep.checkpoint.hf import read_hf_config
 from lockstep.checkpoint.training import find_checkpoint, read_state
 from lockstep.cluster.parts import pick_device
-from lockstep.cluster.start import require_possible, start_workers
-from lockstep.config import Config
+from lockstep.cluster.start import Workers, require_possible, start_workers
+from lockstep.config import Args, Config
 from lockstep.config.hooks import load_function, load_hook, load_optional_hook, our_path
 from lockstep.config.model_flags import check_model_flags
 from lockstep.data import load_tokenizer
 from lockstep.data.chat import SftTokenizer
 from lockstep.data.choose_source import DataSource, make_data_source
-from lockstep.data.tokenizer import Tokenizer
 from lockstep.errors import ModelError
 from lockstep.models import ModelConfig, read_model_config
 from lockstep.plan import Hardware, Prediction, predict
@@ -56,84 +56,31 @@ def assemble(
         on_sampled: called for every sample that sampling has finished, for progress.
         on_trained: called with a number of samples that training has finished.
     """
-    if config.cluster.num_threads:
-        torch.set_num_threads(config.cluster.num_threads)
-    _seed_generators(config.optimizer.seed)
-    hf_folder = Path(config.model.hf_checkpoint)
-    hf_config = read_hf_config(hf_folder)
-    check_model_flags(config, hf_config)
-    model_config = read_model_config(hf_config)
-    tokenizer: Any = load_tokenizer(hf_folder)
-    _check_tokenizer(tokenizer, model_config)
-    args = config.args()
-    if config.reward.custom_rm_path is not None:
-        load_function(config.reward.custom_rm_path, "--custom-rm-path")  # runs in workers; a typo is found here
-    is_sft = config.algorithm.loss_type == "sft_loss"
-    data_source = make_data_source(config, tokenizer)
-    num_rollout = _num_rollout(config, data_source)
-    max_context_len = longest_context(config, model_config)
-    eval_sets = load_eval_sets(config, tokenizer, model_config.max_position_embeddings)
-    hooks = RolloutHooks.from_config(config)
-    samples_something = not config.debug.samples_nothing and (not is_sft or bool(eval_sets))
-    is_embedded = config.rollout.rollout_engine == "embedded"
-    require_possible(config, model_config, samples_something=samples_something and is_embedded)
-    listener = _listener(config, stack) if samples_something else None
-    samples_here = samples_something and is_embedded and not config.cluster.has_replicas("embedded")
-    prediction, memory = _memory(config, model_config, samples=samples_here)
+    _prepare_process(config)
+    inputs = _Inputs.read(config)
+    require_possible(config, inputs.model, samples_something=inputs.samples_something and inputs.is_embedded)
+    listener = _listener(config, stack) if inputs.samples_something else None
+    prediction, memory = _memory(inputs)
     memory.start()
-
     checkpoint = find_checkpoint(Path(config.checkpoint.load)) if config.checkpoint.load else None
-    num_steps = num_rollout * config.rollout.steps_per_rollout
+    num_steps = inputs.num_rollout * config.rollout.steps_per_rollout
     workers = start_workers(config, stack, num_steps=num_steps, on_sample=on_trained)
-    engine: RolloutEngine | None = None
-    context, kv_tokens, url = None, None, None
-    if samples_something:
-        if is_embedded:
-            longest = max([max_context_len, *(_longest_eval(config, eval_set) for eval_set in eval_sets)])
-            planned = prediction.kv_tokens if prediction is not None and prediction.num_gpus else None
-            kv_tokens = _kv_tokens(config, checkpoint) or planned or workers.kv_tokens(longest)
-            engine = workers.open_engine(kv_tokens, max_context_len)
-            stack.callback(engine.close)
-        else:
-            device, places = torch.device(workers.machines.device_type), workers.machines.servers
-            engine = open_sglang(config, model_config, workers.trainer, device, places, stack)
-        if listener is not None:
-            engine, url = _open_endpoint(config, engine, tokenizer, model_config, max_context_len, listener, stack)
-        context = RolloutContext(
-            policy=Policy(
-                engine=engine,
-                tokenizer=tokenizer,
-                stop_token_ids=stop_token_ids(hf_folder, hf_config, tokenizer),
-                max_context_len=max_context_len,
-                skip_special_tokens=config.rollout.rollout_skip_special_tokens,
-                url=url,
-            ),
-            rewards=RewardPool(
-                args,
-                num_workers=config.reward.reward_num_workers,
-                timeout_s=config.reward.reward_timeout,
-                failure_policy=config.reward.reward_failure_policy,
-            ),
-            hooks=hooks,
-            sampling_params=_sampling_params(config),
-            eval_sets=eval_sets,
-            on_sample=on_sampled,
-        )
-    rollout_function = _rollout_function(config.rollout.rollout_function_path, "--rollout-function-path")
-    if is_sft and our_path(config.rollout.rollout_function_path) == _DEFAULT_ROLLOUT:
-        rollout_function = SftRollout(SftTokenizer(tokenizer))
-    eval_path = config.eval.eval_function_path or config.rollout.rollout_function_path
+    engine, context, kv_tokens = None, None, None
+    if inputs.samples_something:
+        engine, kv_tokens = _open_engine(inputs, workers, checkpoint, prediction, stack)
+        engine, url = _open_endpoint(inputs, engine, listener, stack)
+        context = _rollout_context(inputs, engine, url, on_sampled)
     run = Run(
         config=config,
-        args=args,
-        tokenizer=tokenizer,
+        args=inputs.args,
+        tokenizer=inputs.tokenizer,
         trainer=workers.trainer,
         engine=engine,
-        data_source=data_source,
-        rollout_function=rollout_function,
-        eval_function=_rollout_function(eval_path, "--eval-function-path") if eval_sets and context else None,
+        data_source=inputs.data_source,
+        rollout_function=_rollout_function(inputs),
+        eval_function=_eval_function(config) if inputs.eval_sets and context else None,
         context=context,
-        advantage_estimator=None if is_sft else _advantage_estimator(config),
+        advantage_estimator=None if inputs.is_sft else _advantage_estimator(config),
         reward_post_process=load_optional_hook(
             config.reward.custom_reward_post_process_path, "--custom-reward-post-process-path"
         ),
@@ -141,7 +88,7 @@ def assemble(
             config.rollout.rollout_data_postprocess_path, "--rollout-data-postprocess-path"
         ),
         run_dir=Path(config.logging.run_dir),
-        num_rollout=num_rollout,
+        num_rollout=inputs.num_rollout,
         next_rollout_id=config.rollout.start_rollout_id or 0,
         kv_tokens=kv_tokens,
         memory=memory,
@@ -151,33 +98,108 @@ def assemble(
     return run
 
 
+@dataclass(frozen=True)
+class _Inputs:
+    """What is read, and found to fit together, before any weight is loaded."""
+
+    config: Config
+    args: Args
+    hf_config: dict[str, Any]
+    model: ModelConfig
+    tokenizer: Any
+    data_source: DataSource
+    num_rollout: int
+    max_context_len: int
+    eval_sets: list[EvalSet]
+    hooks: RolloutHooks
+
+    @classmethod
+    def read(cls, config: Config) -> _Inputs:
+        hf_folder = Path(config.model.hf_checkpoint)
+        hf_config = read_hf_config(hf_folder)
+        check_model_flags(config, hf_config)
+        model = read_model_config(hf_config)
+        tokenizer: Any = load_tokenizer(hf_folder)
+        _check_tokenizer(tokenizer, model)
+        if config.reward.custom_rm_path is not None:
+            load_function(config.reward.custom_rm_path, "--custom-rm-path")  # runs in workers; a typo is found here
+        data_source = make_data_source(config, tokenizer)
+        return cls(
+            config=config,
+            args=config.args(),
+            hf_config=hf_config,
+            model=model,
+            tokenizer=tokenizer,
+            data_source=data_source,
+            num_rollout=_num_rollout(config, data_source),
+            max_context_len=longest_context(config, model),
+            eval_sets=load_eval_sets(config, tokenizer, model.max_position_embeddings),
+            hooks=RolloutHooks.from_config(config),
+        )
+
+    @property
+    def is_sft(self) -> bool:
+        return self.config.algorithm.loss_type == "sft_loss"
+
+    @property
+    def is_embedded(self) -> bool:
+        return self.config.rollout.rollout_engine == "embedded"
+
+    @property
+    def samples_something(self) -> bool:
+        return not self.config.debug.samples_nothing and (not self.is_sft or bool(self.eval_sets))
+
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        return stop_token_ids(Path(self.config.model.hf_checkpoint), self.hf_config, self.tokenizer)
+
+
+def _prepare_process(config: Config) -> None:
+    """Its threads; and its global generators, which hooks may draw from, start at the same place in every run."""
+    if config.cluster.num_threads:
+        torch.set_num_threads(config.cluster.num_threads)
+    seed = config.optimizer.seed
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
 def _listener(config: Config, stack: AsyncExitStack) -> socket.socket | None:
     address, port = config.sglang.sglang_router_ip, config.sglang.sglang_router_port
     return None if port is None else stack.enter_context(listen(address, port, "--sglang-router-port"))
 
 
+def _open_engine(
+    inputs: _Inputs, workers: Workers, checkpoint: Path | None, prediction: Prediction | None, stack: AsyncExitStack
+) -> tuple[RolloutEngine, int | None]:
+    """The engine, and the tokens of its cache where it is ours."""
+    if not inputs.is_embedded:
+        device, places = torch.device(workers.machines.device_type), workers.machines.servers
+        return open_sglang(inputs.config, inputs.model, workers.trainer, device, places, stack), None
+    kv_tokens = _kv_tokens(inputs, checkpoint, prediction, workers)
+    engine = workers.open_engine(kv_tokens, inputs.max_context_len)
+    stack.callback(engine.close)
+    return engine, kv_tokens
+
+
 def _open_endpoint(
-    config: Config,
-    engine: RolloutEngine,
-    tokenizer: Tokenizer,
-    model: ModelConfig,
-    max_context_len: int,
-    listener: socket.socket,
-    stack: AsyncExitStack,
-) -> tuple[RolloutEngine, str]:
+    inputs: _Inputs, engine: RolloutEngine, listener: socket.socket | None, stack: AsyncExitStack
+) -> tuple[RolloutEngine, str | None]:
     """Let others sample from the policy in training; returns the engine that the run has to use, and the address."""
-    folder, options = Path(config.model.hf_checkpoint), config.rollout
+    if listener is None:
+        return engine, None
+    config, options = inputs.config, inputs.config.rollout
     limits = Limits(
-        model=folder.resolve().name,
-        tokenizer=tokenizer,
+        model=Path(config.model.hf_checkpoint).resolve().name,
+        tokenizer=inputs.tokenizer,
         defaults={
             "temperature": options.rollout_temperature,
             "top_p": options.rollout_top_p,
             "top_k": options.rollout_top_k,
         },
-        stop_token_ids=stop_token_ids(folder, read_hf_config(folder), tokenizer),
-        max_context_len=max_context_len,
-        vocab_size=model.vocab_size,
+        stop_token_ids=inputs.stop_token_ids,
+        max_context_len=inputs.max_context_len,
+        vocab_size=inputs.model.vocab_size,
         chat_template_kwargs=config.data.apply_chat_template_kwargs,
     )
     gated = GatedEngine(engine)
@@ -187,28 +209,59 @@ def _open_endpoint(
     return gated, endpoint.url
 
 
-def _memory(config: Config, model: ModelConfig, *, samples: bool) -> tuple[Prediction | None, MemoryMeter]:
+def _rollout_context(
+    inputs: _Inputs, engine: RolloutEngine, url: str | None, on_sampled: Callable[[], None]
+) -> RolloutContext:
+    config = inputs.config
+    return RolloutContext(
+        policy=Policy(
+            engine=engine,
+            tokenizer=inputs.tokenizer,
+            stop_token_ids=inputs.stop_token_ids,
+            max_context_len=inputs.max_context_len,
+            skip_special_tokens=config.rollout.rollout_skip_special_tokens,
+            url=url,
+        ),
+        rewards=RewardPool(
+            inputs.args,
+            num_workers=config.reward.reward_num_workers,
+            timeout_s=config.reward.reward_timeout,
+            failure_policy=config.reward.reward_failure_policy,
+        ),
+        hooks=inputs.hooks,
+        sampling_params=_sampling_params(config),
+        eval_sets=inputs.eval_sets,
+        on_sample=on_sampled,
+    )
+
+
+def _memory(inputs: _Inputs) -> tuple[Prediction | None, MemoryMeter]:
     """What a run on this machine will take, and what measures it; ranks in processes of their own are not measured."""
+    config = inputs.config
     if config.cluster.uses_ray:
         return None, NoMeter()
     device = pick_device(config)
     hardware = Hardware.of_this_machine(with_gpus=device.type == "cuda")
-    prediction = predict(config, model, hardware, samples=samples)
+    samples_here = inputs.samples_something and inputs.is_embedded and not config.cluster.has_replicas("embedded")
+    prediction = predict(config, inputs.model, hardware, samples=samples_here)
     return prediction, NoMeter() if config.cluster.num_ranks > 1 else ProcessMeter(prediction, device)
 
 
-def _rollout_function(path: str, option: str) -> Callable[..., Any]:
-    """Ours, or the user's, whose exceptions then name the option."""
-    if our_path(path) == _DEFAULT_ROLLOUT:
-        return generate_rollout
-    return load_hook(path, option)
+def _rollout_function(inputs: _Inputs) -> Callable[..., Any]:
+    path = inputs.config.rollout.rollout_function_path
+    if inputs.is_sft and our_path(path) == _DEFAULT_ROLLOUT:
+        return SftRollout(SftTokenizer(inputs.tokenizer))
+    return _ours_or_users(path, "--rollout-function-path")
 
 
-def _seed_generators(seed: int) -> None:
-    """Start the global generators, which hooks may draw from, at the same place in every run."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+def _eval_function(config: Config) -> Callable[..., Any]:
+    path = config.eval.eval_function_path or config.rollout.rollout_function_path
+    return _ours_or_users(path, "--eval-function-path")
+
+
+def _ours_or_users(path: str, option: str) -> Callable[..., Any]:
+    """The user's exceptions name the option."""
+    return generate_rollout if our_path(path) == _DEFAULT_ROLLOUT else load_hook(path, option)
 
 
 def _advantage_estimator(config: Config) -> AdvantageEstimator:
@@ -253,20 +306,25 @@ def stop_token_ids(folder: Path, hf_config: dict[str, Any], tokenizer: Any) -> t
     return tuple(sorted(found))
 
 
+def _kv_tokens(inputs: _Inputs, checkpoint: Path | None, prediction: Prediction | None, workers: Workers) -> int:
+    """Of the embedded engine: the option's; those of the checkpoint's run, if it had as many ranks; those that were
+    planned for a GPU; or what there is room for."""
+    config = inputs.config
+    if config.rollout.rollout_max_tokens is not None:
+        return config.rollout.rollout_max_tokens
+    state = {} if checkpoint is None else read_state(checkpoint)
+    if state.get("kv_tokens") is not None and state.get("num_ranks", 1) == config.cluster.num_ranks:
+        return int(state["kv_tokens"])
+    if prediction is not None and prediction.num_gpus and prediction.kv_tokens:
+        return prediction.kv_tokens
+    longest_evals = (_longest_eval(config, eval_set) for eval_set in inputs.eval_sets)
+    return workers.kv_tokens(max([inputs.max_context_len, *longest_evals]))
+
+
 def _longest_eval(config: Config, eval_set: EvalSet) -> int:
     """Tokens that one held-out prompt with its response may need, where prompts are limited at all."""
     longest_prompt = config.eval.eval_max_prompt_len or config.rollout.rollout_max_prompt_len or 0
     return min(eval_set.max_context_len, longest_prompt + int(eval_set.sampling_params["max_new_tokens"]))
-
-
-def _kv_tokens(config: Config, checkpoint: Path | None) -> int | None:
-    """What the checkpoint's run had, if it had as many ranks."""
-    if config.rollout.rollout_max_tokens is not None or checkpoint is None:
-        return config.rollout.rollout_max_tokens
-    state = read_state(checkpoint)
-    if state.get("kv_tokens") is None or state.get("num_ranks", 1) != config.cluster.num_ranks:
-        return None
-    return int(state["kv_tokens"])
 
 
 def _check_tokenizer(tokenizer: Any, model: ModelConfig) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from lockstep import __version__
 from lockstep.errors import LockstepError, OptionError
+from lockstep.option_parser import OptionParser
 
 if TYPE_CHECKING:
     from lockstep.config import Config
@@ -104,8 +105,6 @@ def _say_what_loads(config: Config) -> None:
 
 
 def _serve(words: Sequence[str]) -> int:
-    from lockstep.config.parsing import OptionParser
-
     parser = OptionParser(
         prog="lockstep serve",
         usage="lockstep serve CHECKPOINT [--host ADDRESS] [--port PORT] [--option value ...]",
@@ -127,8 +126,6 @@ def _serve(words: Sequence[str]) -> int:
 
 
 def _report(words: Sequence[str]) -> int:
-    from lockstep.config.parsing import OptionParser
-
     parser = OptionParser(prog="lockstep report", description="Write the HTML page of a run.")
     parser.add_argument("run_dir", type=Path, help="folder of the run")
     parser.add_argument(
@@ -142,8 +139,6 @@ def _report(words: Sequence[str]) -> int:
 
 
 def _bench(words: Sequence[str]) -> int:
-    from lockstep.config.parsing import OptionParser
-
     parser = OptionParser(prog="lockstep bench", description="Measure speed on this machine.")
     parser.add_argument("what", choices=["loop"], help="loop: sampling and training tokens/s of a tiny model")
     parser.add_argument("--output", type=Path, default=None, help="file for the result as JSON")
@@ -155,8 +150,6 @@ def _bench(words: Sequence[str]) -> int:
 
 
 def _convert(words: Sequence[str]) -> int:
-    from lockstep.config.parsing import OptionParser
-
     parser = OptionParser(
         prog="lockstep convert",
         description="Between HF folders and Megatron's distributed checkpoints, alone or under torchrun.",
@@ -196,7 +189,6 @@ def _convert(words: Sequence[str]) -> int:
 
 def _launch(words: Sequence[str]) -> int:
     from lockstep.config.checks import check_training
-    from lockstep.config.parsing import OptionParser
 
     parser = OptionParser(
         prog="lockstep launch",
@@ -220,7 +212,6 @@ def _launch(words: Sequence[str]) -> int:
 
 def _plan(words: Sequence[str]) -> int:
     from lockstep.config.checks import check_training
-    from lockstep.config.parsing import OptionParser
 
     parser = OptionParser(
         prog="lockstep plan",
@@ -241,8 +232,6 @@ def _plan(words: Sequence[str]) -> int:
 
 
 def _doctor(words: Sequence[str]) -> int:
-    from lockstep.config.parsing import OptionParser
-
     parser = OptionParser(
         prog="lockstep doctor",
         description="Say what this machine has, what is wrong, and what each missing piece costs.",

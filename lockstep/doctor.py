@@ -51,7 +51,7 @@ class Machine:
     driver: str | None
     cpu_cores: int
     omp_threads: int
-    memory_left: int
+    memory_left: int | None
     disk_left: int
     folder: str
     broken: tuple[tuple[str, str], ...] = ()
@@ -138,11 +138,11 @@ def _driver(path: Path) -> str | None:
     return found[1] if found else None
 
 
-def _memory_left() -> int:
+def _memory_left() -> int | None:
     try:
         from lockstep.trainer.optimizer.host_memory import host_memory_left
-    except ImportError:  # psutil or torch is missing, which other lines tell
-        return 0
+    except Exception:  # a required package is missing or broken, which another line tells
+        return None
     return host_memory_left()
 
 
@@ -215,6 +215,8 @@ def check_cpu(machine: Machine) -> Finding:
 
 
 def check_memory(machine: Machine) -> Finding:
+    if machine.memory_left is None:
+        return Finding("host memory", "not read", says="That takes the required packages.")
     found = f"{machine.memory_left / 2**30:.1f} GiB left to this process"
     on_gpus = sum(gpu.memory for gpu in machine.gpus)
     if machine.memory_left < on_gpus / 2:

@@ -11,6 +11,7 @@ import psutil
 import torch
 
 from lockstep.algorithms import loss_from_options
+from lockstep.checkpoint.hf import FillWeights, fill_with_dummies, load_hf_weights
 from lockstep.config import Config
 from lockstep.data import load_tokenizer
 from lockstep.errors import OptionError
@@ -84,6 +85,11 @@ def trainer_options(config: Config, num_steps: int) -> dict[str, Any]:
         "routing": "rollout" if algorithm.use_rollout_routing_replay else routing,
         "num_steps": num_steps,
     }
+
+
+def weights_filler(config: Config) -> FillWeights:
+    """What fills a model: `--load-format`."""
+    return fill_with_dummies if config.model.load_format == "dummy" else load_hf_weights
 
 
 def reference_folder(config: Config) -> Path | None:

@@ -15,9 +15,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from lockstep.checkpoint.hf import OnBytes, load_hf_weights, read_hf_config, save_hf_model
-from lockstep.cluster.parts import cache_bytes, embedded_engine, kv_tokens, layout_of, reference_folder, trainer_options
-from lockstep.cluster.requests import Request, RequestServer
+from lockstep.checkpoint.hf import OnBytes, read_hf_config, save_hf_model
+from lockstep.cluster.parts import (
+    cache_bytes,
+    embedded_engine,
+    kv_tokens,
+    layout_of,
+    reference_folder,
+    trainer_options,
+    weights_filler,
+)
+from lockstep.cluster.requests import RequestServer, SamplingProcess
 from lockstep.cluster.worker import Place
 from lockstep.config import Config
 from lockstep.models import LanguageModel, build_model, read_model_config
@@ -25,7 +33,6 @@ from lockstep.parallel.decode import Peers
 from lockstep.parallel.mesh import Meshes
 from lockstep.parallel.shard import shard_model
 from lockstep.parallel.whole import whole
-from lockstep.rollout.engine import Generation
 from lockstep.trainer.batch import TrainSample
 from lockstep.trainer.engine import LogProbs, StepResult
 from lockstep.trainer.parallel import ParallelTrainer
@@ -47,7 +54,7 @@ class RankPlan:
     """Address and port of the store where ranks meet."""
 
 
-class Rank:
+class Rank(SamplingProcess):
     """A `ParallelTrainer`, and an `EmbeddedEngine` once it is opened."""
 
     def __init__(self, place: Place, plan: RankPlan) -> None:
@@ -70,7 +77,6 @@ class Rank:
             on_micro_batch=self._on_micro_batch,
             **trainer_options(plan.config, plan.num_steps),
         )
-        self._requests: RequestServer | None = None
         self._weights = contextlib.ExitStack()
         self._copies: CopySender | None = None
         self._weights_for_servers = RankWeights(lambda: self.trainer.model)
@@ -150,14 +156,6 @@ class Rank:
         self._served.engine.release_memory()
         self._weights.close()
 
-    def advance(self, requests: list[Request], aborted: list[int]) -> list[tuple[int, Generation | Exception]]:
-        return self._served.advance(requests, aborted)
-
-    @property
-    def _served(self) -> RequestServer:
-        assert self._requests is not None, "open_engine comes first"
-        return self._requests
-
     def _load(self, folder: Path, on_bytes: OnBytes) -> LanguageModel:
         """The model of an HF folder, this rank's part of it."""
         with torch.device("meta"):
@@ -167,7 +165,7 @@ class Rank:
         model.to_empty(device=self.device)
         if self.meshes.layout.pp_size == 1:
             model.tie_weights()
-        load_hf_weights(model, folder, on_bytes=on_bytes)
+        weights_filler(self.config)(model, folder, on_bytes=on_bytes)
         return model
 
     def _on_micro_batch(self, num_samples: int) -> None:

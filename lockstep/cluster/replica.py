@@ -12,7 +12,7 @@ import torch
 from lockstep.checkpoint.hf import read_hf_config
 from lockstep.cluster.parts import cache_bytes, embedded_engine, kv_tokens
 from lockstep.cluster.rank import take_device
-from lockstep.cluster.requests import Request, RequestServer
+from lockstep.cluster.requests import RequestServer, SamplingProcess
 from lockstep.cluster.worker import Place
 from lockstep.config import Config
 from lockstep.models import build_model, read_model_config
@@ -28,7 +28,7 @@ class ReplicaPlan:
     device_type: str
 
 
-class Replica:
+class Replica(SamplingProcess):
     """A whole model, which gets its numbers from the trainer, and an `EmbeddedEngine` on it."""
 
     def __init__(self, place: Place, plan: ReplicaPlan) -> None:
@@ -43,7 +43,6 @@ class Replica:
         self.model = self.model.to(self.dtype).to_empty(device=self.device).requires_grad_(False)
         self.model.tie_weights()
         self._copies: CopyReceiver | None = None
-        self._requests: RequestServer | None = None
 
     def open_copies(self, address: tuple[str, int]) -> None:
         """Meet the trainer, which is rank 0, and the other replicas."""
@@ -76,11 +75,3 @@ class Replica:
 
     def end_sampling(self) -> None:
         """The copy stays."""
-
-    def advance(self, requests: list[Request], aborted: list[int]) -> list[tuple[int, Generation | Exception]]:
-        return self._served.advance(requests, aborted)
-
-    @property
-    def _served(self) -> RequestServer:
-        assert self._requests is not None, "open_engine comes first"
-        return self._requests

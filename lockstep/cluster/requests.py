@@ -84,3 +84,17 @@ class RequestServer:
         """Whether to sample another step, which ranks that decode together answer alike."""
         wish = _STOP if has_news or self._place.is_poked.is_set() else int(self.engine.has_work)
         return (wish if self._peers is None else self._peers.most(wish)) == _STEP
+
+
+class SamplingProcess:
+    """A process that samples, whoever has its weights; `_requests` is there once its engine is open."""
+
+    _requests: RequestServer | None = None
+
+    def advance(self, requests: list[Request], aborted: list[int]) -> list[tuple[int, Generation | Exception]]:
+        return self._served.advance(requests, aborted)
+
+    @property
+    def _served(self) -> RequestServer:
+        assert self._requests is not None, "open_engine comes first"
+        return self._requests

@@ -27,6 +27,7 @@ from lockstep.cluster.parts import (
     pick_device,
     reference_folder,
     trainer_options,
+    weights_filler,
 )
 from lockstep.cluster.rank import Rank, RankPlan
 from lockstep.cluster.replica import Replica, ReplicaPlan
@@ -288,13 +289,30 @@ class _Here:
     def _load(self, folder: Path, label: str) -> LanguageModel:
         dtype = getattr(torch, self._config.model.params_dtype)
         with TransferProgress(label) as progress:
-            model = load_hf_model(folder, dtype=dtype, device=self._device, on_bytes=progress)
+            model = load_hf_model(
+                folder, dtype=dtype, device=self._device, on_bytes=progress, fill=weights_filler(self._config)
+            )
         if self._config.algorithm.true_on_policy:
             compute_exactly(model)
         return model
 
 
-class _Ranks:
+class _InProcesses:
+    """Workers that sample in the processes of a group."""
+
+    _group: WorkerGroup
+    _engine: RolloutEngine
+
+    def kv_tokens(self, longest: int) -> int:
+        room: list[int] = self._group.call("kv_tokens", longest)
+        return min(room)
+
+    def open_engine(self, num_tokens: int, max_context_len: int) -> RolloutEngine:
+        self._group.call("open_engine", num_tokens, max_context_len)
+        return self._engine
+
+
+class _Ranks(_InProcesses):
     """One process per rank; this one keeps no weights."""
 
     def __init__(
@@ -331,15 +349,8 @@ class _Ranks:
             listeners["loading"] = progress
             self._group.wait_for_start()
         self.trainer = GroupTrainer(self._group, listeners)
-        self._has_experts = read_model_config(read_hf_config(Path(config.model.hf_checkpoint))).num_sparse_layers > 0
-
-    def kv_tokens(self, longest: int) -> int:
-        room: list[int] = self._group.call("kv_tokens", longest)
-        return min(room)
-
-    def open_engine(self, num_tokens: int, max_context_len: int) -> RolloutEngine:
-        self._group.call("open_engine", num_tokens, max_context_len)
-        return GroupEngine(self._group, together=self._has_experts)
+        model = read_model_config(read_hf_config(Path(config.model.hf_checkpoint)))
+        self._engine = GroupEngine(self._group, together=model.num_sparse_layers > 0)
 
     def open_copies(self, address: tuple[str, int], num_receivers: int) -> None:
         self._group.call("open_copies", address, num_receivers)
@@ -348,12 +359,11 @@ class _Ranks:
         self._group.call("send_copies")
 
 
-class _WithReplicas:
+class _WithReplicas(_InProcesses):
     """Training as it is, and processes with copies of its weights, which sample."""
 
     def __init__(self, config: Config, stack: AsyncExitStack, workers: _Senders, machines: Machines) -> None:
         self.trainer, self.machines = workers.trainer, machines
-        self._workers = workers
         self._group = WorkerGroup(
             config.cluster.rollout_num_gpus or 0,
             Replica,
@@ -369,11 +379,4 @@ class _WithReplicas:
         joining = self._group.begin("open_copies", address)
         workers.open_copies(address, len(self._group))
         self._group.finish(joining)
-
-    def kv_tokens(self, longest: int) -> int:
-        room: list[int] = self._group.call("kv_tokens", longest)
-        return min(room)
-
-    def open_engine(self, num_tokens: int, max_context_len: int) -> RolloutEngine:
-        self._group.call("open_engine", num_tokens, max_context_len)
-        return ReplicaEngine(self._group, self._workers.send_copies)
+        self._engine = ReplicaEngine(self._group, workers.send_copies)

@@ -142,6 +142,23 @@ def only_the_rollout_may_vary(options: dict[str, str | None]) -> None:
             ) from error
 
 
+def dummies_stay_here(config: Config) -> None:
+    """Random weights are for looking at a run, in our own processes."""
+    if config.model.load_format != "dummy":
+        return
+    if config.rollout.rollout_engine == "sglang":
+        raise OptionError(
+            "--load-format",
+            "dummy",
+            "SGLang's servers begin with the weights of the folder, which would be another model.",
+            "Leave out --rollout-engine sglang.",
+        )
+    if config.checkpoint.save_hf is not None:
+        raise OptionError(
+            "--save-hf", config.checkpoint.save_hf, "the weights of --load-format dummy are no model.", "Leave it out."
+        )
+
+
 def check_training(config: Config) -> None:
     """What `lockstep train` needs beyond a consistent config.
 
@@ -160,6 +177,7 @@ def check_training(config: Config) -> None:
             "Give --load-debug-rollout-data with the files that --save-debug-rollout-data wrote.",
         )
     check_engine(config)
+    dummies_stay_here(config)
     check_reward_options(config.args())
     default_source = type(config.data).model_fields["data_source_path"].default
     reads_a_file = our_path(config.data.data_source_path) == default_source

@@ -22,6 +22,10 @@ class ModelOptions(OptionGroup):
     params_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Precision of the weights in forward and backward. The optimizer's master weights are fp32 either way."""
 
+    load_format: Literal["auto", "dummy"] = "auto"
+    """`dummy`, SGLang's word, draws random weights and reads none: config.json and a tokenizer are enough to see how
+    fast a run is and what memory it takes."""
+
     spec: tuple[str, str] | None = None
     """Megatron's layer spec (module and function). Accepted: the HF config decides which layers are built."""
     num_layers: Count | None = None

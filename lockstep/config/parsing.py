@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, NoReturn, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
@@ -20,6 +20,7 @@ from lockstep.config.compatibility import plain_value
 from lockstep.config.config import GROUPS, HOME, KNOWN_NAMES, PREFIXES, Config, flatten
 from lockstep.config.reporting import flag_of, unknown_option
 from lockstep.errors import OptionError
+from lockstep.option_parser import OptionParser
 
 COMMAND_FLAGS = ("--help", "--dry-run")
 _NEGATIVE_NUMBER = re.compile(r"-\.?\d")
@@ -35,21 +36,8 @@ class ParsedOptions:
     dry_run: bool = False
 
 
-class OptionParser(argparse.ArgumentParser):
-    """An argparse parser whose complaints are errors with four parts."""
-
-    def error(self, message: str) -> NoReturn:
-        subject, _, rest = message.partition(": ")
-        remedy = f"See `{self.prog} --help`."
-        if subject.startswith("argument "):
-            flag, _, reason = message.removeprefix("argument ").partition(": ")
-            remedy = "Give the value after the flag." if reason.startswith("expected") else remedy
-            raise OptionError(flag, None, f"{reason}.", remedy)
-        if subject == "unrecognized arguments":
-            raise OptionError("command line", rest, "no option takes these words.", remedy)
-        if subject == "the following arguments are required":
-            raise OptionError(rest, None, "it is required.", remedy)
-        raise OptionError(rest or "command line", None, f"{subject}.", remedy)
+_OF_A_REAL_RUN = ("load", "save", "save_interval", "keep_last_checkpoints", "save_hf", "run_dir")
+"""What a recipe says of folders, which are not for random weights."""
 
 
 def parse_options(command: str, words: Sequence[str]) -> ParsedOptions:
@@ -63,12 +51,21 @@ def parse_options(command: str, words: Sequence[str]) -> ParsedOptions:
     recipe, dry_run = given.pop("recipe"), given.pop("dry_run")
     values = read_recipe(Path(recipe)) if recipe else {}
     flags = {name: _from_json(name, value) for name, value in given.items()} | collected
+    is_dummy = flags.get("load_format", values.get("load_format")) == "dummy"
+    kept_apart = [name for name in _OF_A_REAL_RUN if is_dummy and name in values]
+    values = {name: value for name, value in values.items() if name not in kept_apart}
     for name, value in flatten(flags).items():
         values[name] = {**values.get(name, {}), **value} if name in PREFIXES.values() else value
     if recipe:
-        values.setdefault("run_dir", f"runs/{recipe_name(Path(recipe))}")
+        values.setdefault("run_dir", f"runs/{recipe_name(Path(recipe))}{'-dummy' if is_dummy else ''}")
     config = Config.from_dict(values)
-    return ParsedOptions(config, _notes(config, values), dry_run)
+    notes = _notes(config, values)
+    if kept_apart:
+        left_out = ", ".join(f"--{name.replace('_', '-')}" for name in kept_apart)
+        notes.append(
+            f"--load-format dummy: {left_out} of the recipe are left out; random weights stay out of its folders."
+        )
+    return ParsedOptions(config, notes, dry_run)
 
 
 def read_recipe(path: Path) -> dict[str, Any]:

@@ -80,6 +80,8 @@ class BroadcastTransport:
             flat = following
 
     def forget(self) -> None:
+        if self._group is not None:
+            _c10d._abort_process_group(self._group)  # to end it politely would wait for members that are gone
         self._group = self._store = None
         self._members = []
 

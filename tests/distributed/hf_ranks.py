@@ -13,11 +13,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from lockstep.checkpoint.hf import load_hf_weights, read_hf_config, save_hf_model
+from lockstep.checkpoint.hf import fill_with_dummies, load_hf_weights, read_hf_config, save_hf_model
 from lockstep.errors import CheckpointError
 from lockstep.models import LanguageModel, build_model, read_model_config
 
-FULL = "full.pt"
+FULL, DRAWN = "full.pt", "drawn.pt"
 
 
 def run_rank(rank: int, world_size: int, layout: str, root: Path) -> None:
@@ -38,6 +38,10 @@ def run_rank(rank: int, world_size: int, layout: str, root: Path) -> None:
         save_hf_model(model, root / "theirs" / "config.json" / "below_a_file", source=root / "theirs")
     except CheckpointError as error:
         report["error"] = error.field
+    fill_with_dummies(model, root)
+    drawn = {name: parameter.full_tensor() for name, parameter in model.named_parameters()}
+    if rank == 0:
+        torch.save(drawn, root / DRAWN)
     (root / f"rank_{rank}.json").write_text(json.dumps(report))
     dist.barrier()
     os._exit(0)  # taking gloo down aborts now and then, in its own threads

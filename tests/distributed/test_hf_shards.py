@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hf_ranks import FULL, run_rank
+from hf_ranks import DRAWN, FULL, run_rank
 from safetensors.torch import load_file, save_file
 from tiny_models import hf_model, moe_config, next_config
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch.multiprocessing import spawn
 from transformers import PretrainedConfig
 from transformers.utils import logging
 
-from lockstep.checkpoint.hf import load_hf_model
+from lockstep.checkpoint.hf import fill_with_dummies, load_hf_model
 
 MOE = {"num_experts": 8, "num_hidden_layers": 2, "mlp_only_layers": [1], "decoder_sparse_step": 1}
 CONFIGS = {
@@ -109,3 +109,11 @@ def test_processes_share_the_blocks_of_fp8_weights(tmp_path: Path) -> None:
     run_ranks(3, "second dims", tmp_path)
     full = torch.load(tmp_path / FULL)
     assert all(torch.equal(full[name], parameter) for name, parameter in alone.named_parameters())
+
+
+def test_random_weights_are_those_of_one_process_in_every_layout(ranks: Ranks) -> None:
+    cpu = torch.device("cpu")
+    alone = load_hf_model(ranks.root / "theirs", dtype=torch.bfloat16, device=cpu, fill=fill_with_dummies)
+    drawn = torch.load(ranks.root / DRAWN)
+    assert {name: weight.shape for name, weight in drawn.items()} == {n: p.shape for n, p in alone.named_parameters()}
+    assert all(torch.equal(drawn[name], parameter) for name, parameter in alone.named_parameters())

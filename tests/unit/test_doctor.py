@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 import psutil
@@ -139,6 +139,7 @@ def test_this_machine_is_read_as_it_is(tmp_path: Path, monkeypatch: pytest.Monke
     assert len(machine.gpus) == torch.cuda.device_count()
     assert machine.cpu_cores == len(os.sched_getaffinity(0))
     assert machine.omp_threads == 3
+    assert machine.memory_left is not None
     assert 0 < machine.memory_left <= psutil.virtual_memory().total
     assert machine.folder == str(tmp_path)
 
@@ -163,12 +164,29 @@ def run_with_broken(package: str, folder: Path, *words: str) -> subprocess.Compl
     )
 
 
-@pytest.mark.parametrize("package", ["torch", "transformers", "rich"])
+@pytest.mark.parametrize("package", ["torch", "transformers", "rich", "pydantic"])
 def test_a_package_that_is_there_and_broken_stops_without_a_traceback(tmp_path: Path, package: str) -> None:
     done = run_with_broken(package, tmp_path)
     assert done.returncode == 1
     assert "ImportError: half installed" in done.stdout
     assert "Traceback" not in done.stderr
+
+
+def test_a_machine_without_any_other_package_is_told_what_to_install(tmp_path: Path) -> None:
+    """`-S`: Python as it comes, with nothing but this package and the list of what it requires."""
+    (tmp_path / "lockstep").symlink_to(Path(doctor.__file__).parent)
+    required = [line for line in requires("lockstep-rl") or [] if "extra ==" not in line]
+    metadata = tmp_path / "lockstep_rl-0.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text("Name: lockstep-rl\n" + "".join(f"Requires-Dist: {line}\n" for line in required))
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    words = [sys.executable, "-S", "-B", "-m", "lockstep", "doctor"]
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "")
+    for name in ("pydantic", "torch", "numpy", "psutil"):
+        assert f"{name} is missing" in done.stdout
+    assert "`pip install lockstep-rl` brings the right ones" in done.stdout
+    assert "host memory: not read" in done.stdout
 
 
 def test_a_checkout_that_is_not_installed_is_looked_at_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ FLOORS: list[set[str]] = [
     {"algorithms"},
     {"metrics", "stopping"},
     {"config"},
-    {"types", "errors"},
+    {"types", "errors", "option_parser"},
 ]
 """Rooms from the top floor down. A room may import from its own floor and from those below."""
 

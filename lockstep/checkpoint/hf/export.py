@@ -7,7 +7,6 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -114,12 +113,9 @@ def _write(
     on_bytes: OnBytes | None,
 ) -> None:
     files = matched.files
-    report = _reporter(on_bytes, sum(info.nbytes for infos in plan.values() for info in infos.values()))
+    report = reporter(on_bytes, sum(info.nbytes for infos in plan.values() for info in infos.values()))
     with atomic_directory(folder, replace=True) as temporary:
-        for path in files.folder.iterdir():
-            if path.is_file() and path.suffix not in _NOT_COPIED and path.name != INDEX:
-                shutil.copy2(path, temporary)
-        _write_config(temporary / "config.json", read_hf_config(files.folder), dtype)
+        copy_rest(files.folder, temporary, dtype)
         for file, infos in plan.items():
             tensors = (
                 next(gathered) if name in matched.places else _carried(matched, name, info)
@@ -138,7 +134,8 @@ def _carried(matched: Matched, name: str, info: TensorInfo) -> Tensor:
     return tensor
 
 
-def _reporter(on_bytes: OnBytes | None, total: int) -> Callable[[Iterable[Tensor]], Iterator[Tensor]]:
+def reporter(on_bytes: OnBytes | None, total: int) -> Callable[[Iterable[Tensor]], Iterator[Tensor]]:
+    """What tensors pass through on their way to disk, file by file, so that `on_bytes` hears of them."""
     done = 0
 
     def report(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -152,12 +149,16 @@ def _reporter(on_bytes: OnBytes | None, total: int) -> Callable[[Iterable[Tensor
     return report
 
 
-def _write_config(path: Path, source: dict[str, Any], dtype: torch.dtype) -> None:
-    """Make config.json say the type of the weights, which are not quantised; untouched where it already does."""
+def copy_rest(source_folder: Path, folder: Path, dtype: torch.dtype) -> None:
+    """Copy what is no weight; config.json then says the type of the weights, which are not quantised."""
+    for path in source_folder.iterdir():
+        if path.is_file() and path.suffix not in _NOT_COPIED and path.name != INDEX:
+            shutil.copy2(path, folder)
+    source = read_hf_config(source_folder)
     config = {key: value for key, value in source.items() if key != "quantization_config"}
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
     if config != source:
-        path.write_text(json.dumps(config, indent=2))
+        (folder / "config.json").write_text(json.dumps(config, indent=2))
 
 
 def _write_index(path: Path, files: WeightFiles, plan: Plan) -> None:

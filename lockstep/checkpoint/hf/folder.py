@@ -69,7 +69,7 @@ def match(model: LanguageModel, folder: Path) -> Matched:
         CheckpointError: a file is missing or damaged, or the index says something else than the files.
     """
     files, blocks = WeightFiles(folder), read_quantization(read_hf_config(folder))
-    places = _places(model)
+    places = hf_places(model)
     if model.config.tie_word_embeddings and HEAD in files.tensors:
         places[HEAD] = places[EMBEDDING]
     for name, info in files.tensors.items():
@@ -104,8 +104,8 @@ def match(model: LanguageModel, folder: Path) -> Matched:
     return Matched(files, blocks, places)
 
 
-def _places(model: LanguageModel) -> dict[str, Place]:
-    """Of the whole model, also where this process has one stage of it."""
+def hf_places(model: LanguageModel) -> dict[str, Place]:
+    """HF names and their places, of the whole model also where this process has one stage of it."""
     here = dict(model.named_parameters())
     any_parameter = next(iter(here.values()))
     if model.config.tie_word_embeddings and EMBEDDING not in here and HEAD in here:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -13,10 +14,24 @@ from lockstep.errors import ModelError
 from lockstep.models import LanguageModel, build_model, read_model_config
 
 
+class FillWeights(Protocol):
+    """Fills the parameters of a model that has its memory, of DTensors the part that this process holds; returns bytes.
+
+    `load_hf_weights` and `fill_with_dummies` do.
+    """
+
+    def __call__(self, model: LanguageModel, folder: Path, *, on_bytes: OnBytes | None = None) -> int: ...
+
+
 def load_hf_model(
-    folder: Path, *, dtype: torch.dtype, device: torch.device, on_bytes: OnBytes | None = None
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    on_bytes: OnBytes | None = None,
+    fill: FillWeights | None = None,
 ) -> LanguageModel:
-    """Build the model of an HF folder and fill every parameter from its safetensors.
+    """Build the model of an HF folder and fill every parameter, by default from its safetensors.
 
     Raises:
         ModelError: the config is not computed here, or a tensor is missing, surplus, or of another shape or type.
@@ -27,7 +42,7 @@ def load_hf_model(
         model = build_model(config)
     model = model.to(dtype).to_empty(device=device)
     model.tie_weights()
-    load_hf_weights(model, folder, on_bytes=on_bytes)
+    (fill or load_hf_weights)(model, folder, on_bytes=on_bytes)
     return model
 
 

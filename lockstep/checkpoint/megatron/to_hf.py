@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lockstep.checkpoint.hf.export import copy_rest, reporter
 from lockstep.checkpoint.hf.files import (
     FLOATS,
     INDEX,
@@ -38,7 +39,6 @@ FILE_BYTES = 5 * 10**9
 """Size of safetensors files where the HF folder does not say how tensors are spread."""
 _NO_WEIGHT = re.compile(r"(chained_\d+\.)?optimizer\.")
 """Beginning of the names of tensors in a training checkpoint that are no weights."""
-_NOT_COPIED = (".safetensors", ".bin", ".jsonl")
 _OTHER_MODEL = "Give the --hf-checkpoint that the run began with."
 
 
@@ -72,7 +72,7 @@ def torch_dist_to_hf(
     stored = _Stored(reader, Mapping(config, has_mtp=has_mtp, has_tied_head=has_tied_head))
     plan = _plan(hf_checkpoint, file_of, stored.hf_infos())
     with ranks.atomic_directory(target) as temporary:
-        ranks.first(lambda: _copy_rest(hf_checkpoint, temporary, stored.main_dtype))
+        ranks.first(lambda: copy_rest(hf_checkpoint, temporary, stored.main_dtype))
         ranks.together(lambda: _write_part(temporary, plan, stored, ranks, on_bytes))
         if plan.keys() != {SINGLE}:
             ranks.first(lambda: _write_index(temporary, hf_checkpoint, plan))
@@ -220,18 +220,6 @@ def _spread(infos: Dict[str, TensorInfo]) -> dict[str, str]:
     return {name: f"model-{index:05d}-of-{number:05d}.safetensors" for name, index in number_of.items()}
 
 
-def _copy_rest(hf_checkpoint: Path, folder: Path, dtype: torch.dtype) -> None:
-    """Copy what is no weight; config.json then says the type of the weights, which are not quantised."""
-    for path in hf_checkpoint.iterdir():
-        if path.is_file() and path.suffix not in _NOT_COPIED and path.name != INDEX:
-            shutil.copy2(path, folder)
-    before = read_hf_config(hf_checkpoint)
-    config = {key: value for key, value in before.items() if key != "quantization_config"}
-    config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
-    if config != before:
-        (folder / "config.json").write_text(json.dumps(config, indent=2))
-
-
 def _write_part(
     folder: Path, plan: Dict[str, Dict[str, TensorInfo]], stored: _Stored, ranks: Ranks, on_bytes: OnBytes | None
 ) -> None:
@@ -241,16 +229,7 @@ def _write_part(
         return sum(info.nbytes for info in plan[file].values())
 
     files = ranks.share(list(plan), nbytes)
-    done, total = 0, sum(map(nbytes, files))
-
-    def report(tensors: Iterator[Tensor]) -> Iterator[Tensor]:
-        nonlocal done
-        for tensor in tensors:
-            yield tensor
-            done += tensor.nbytes
-            if on_bytes is not None:
-                on_bytes(done, total)
-
+    report = reporter(on_bytes, sum(map(nbytes, files)))
     for file in files:
         tensors = one_ahead(_converted(stored, plan[file]))
         write_safetensors(folder / file, plan[file], report(tensors), {"format": "pt"})

@@ -88,7 +88,34 @@ def bytes_of_states(config: ModelConfig, element_size: int, max_running: int) ->
     return num_slots * bytes_per_sequence(config, element_size)
 
 
-class CachedDocuments:
+class PackedStates:
+    """The delta layers' half of a `TokenMixer` over packed tokens: from the states in the slots to those after them."""
+
+    caches: Caches
+    packed: PackedDocuments
+    state_slots: Tensor
+
+    def convolve(self, delta_index: int, x_TC: Tensor, weight_CW: Tensor) -> Tensor:
+        pool = self.caches.conv[delta_index]
+        out_TC, state = causal_conv(x_TC, weight_CW, self.packed.delta_layout, self._earlier(pool))
+        pool.index_copy_(0, self.state_slots, state)
+        return out_TC
+
+    def delta_rule(
+        self, delta_index: int, q_TKH: Tensor, k_TKH: Tensor, v_TVJ: Tensor, log_decay_TV: Tensor, beta_TV: Tensor
+    ) -> Tensor:
+        pool = self.caches.delta[delta_index]
+        inputs = (q_TKH, k_TKH, v_TVJ, log_decay_TV, beta_TV)
+        out_TVJ, state = gated_delta_rule(*inputs, self.packed.delta_layout, self._earlier(pool))
+        pool.index_copy_(0, self.state_slots, state)
+        return out_TVJ
+
+    def _earlier(self, pool: Tensor) -> Tensor | None:
+        """States to go on from; None where all sequences are fresh."""
+        raise NotImplementedError
+
+
+class CachedDocuments(PackedStates):
     """`TokenMixer` over the uncomputed tokens of some sequences; index tables are built once for all layers.
 
     New keys and values are stored before attention reads, so sequences of one pass may share prefix blocks that one of
@@ -146,23 +173,17 @@ class CachedDocuments:
         return out.flatten(0, 1)[self.padded_rows]
 
     def convolve(self, delta_index: int, x_TC: Tensor, weight_CW: Tensor) -> Tensor:
-        pool = self.caches.conv[delta_index]
         if self.is_decode:
-            return causal_conv_step(x_TC, weight_CW, pool, self.state_slots)
-        out_TC, state = causal_conv(x_TC, weight_CW, self.packed.delta_layout, self._earlier(pool))
-        pool.index_copy_(0, self.state_slots, state)
-        return out_TC
+            return causal_conv_step(x_TC, weight_CW, self.caches.conv[delta_index], self.state_slots)
+        return super().convolve(delta_index, x_TC, weight_CW)
 
     def delta_rule(
         self, delta_index: int, q_TKH: Tensor, k_TKH: Tensor, v_TVJ: Tensor, log_decay_TV: Tensor, beta_TV: Tensor
     ) -> Tensor:
-        pool = self.caches.delta[delta_index]
-        if self.is_decode:
-            return gated_delta_step(q_TKH, k_TKH, v_TVJ, log_decay_TV, beta_TV, pool, self.state_slots)
         inputs = (q_TKH, k_TKH, v_TVJ, log_decay_TV, beta_TV)
-        out_TVJ, state = gated_delta_rule(*inputs, self.packed.delta_layout, self._earlier(pool))
-        pool.index_copy_(0, self.state_slots, state)
-        return out_TVJ
+        if self.is_decode:
+            return gated_delta_step(*inputs, self.caches.delta[delta_index], self.state_slots)
+        return super().delta_rule(delta_index, *inputs)
 
     def _earlier(self, pool: Tensor) -> Tensor | None:
         return pool[self.state_slots] if self.has_context else None

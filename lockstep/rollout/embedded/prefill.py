@@ -1,7 +1,6 @@
 """The scheduled tokens of some sequences, packed into rows, after whatever the caches already hold of them.
 
-T scheduled tokens, L cached ones (the scheduled among them), B sequences, N query heads, K key/value heads, H head dim;
-of the delta rule: V value heads, J value head dim, C channels.
+T scheduled tokens, L cached ones (the scheduled among them), B sequences, N query heads, K key/value heads, H head dim.
 """
 
 from __future__ import annotations
@@ -14,15 +13,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lockstep.kernels.attention import SegmentAttention
-from lockstep.kernels.causal_conv import causal_conv
-from lockstep.kernels.gated_delta_rule import gated_delta_rule
 from lockstep.kernels.packed import PackedDocuments
 from lockstep.kernels.paged_attention import store_kv
-from lockstep.rollout.embedded.caches import Caches
+from lockstep.rollout.embedded.caches import Caches, PackedStates
 from lockstep.rollout.embedded.sequence import Sequence
 
 
-class PackedSequences:
+class PackedSequences(PackedStates):
     """`TokenMixer` without padding: fresh prompts, chunks of long ones and ends of shared ones in one pass.
 
     New keys and values are stored before attention reads, so sequences may share blocks that one of them is filling.
@@ -49,34 +46,19 @@ class PackedSequences:
         )
         self.state_slots, is_fresh = send([s.state_slot for s in sequences], [start == 0 for start in starts])
         self.is_fresh = is_fresh.bool()
-        self.documents = PackedDocuments(self.lengths, self.input_ids.device)
+        self.packed = PackedDocuments(self.lengths, self.input_ids.device)
         self.segments = SegmentAttention(self.lengths, self.key_lengths, self.input_ids.device)
 
     def attend(self, attention_index: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
         cache = self.caches.kv[attention_index]
         store_kv(k_TKH, v_TKH, cache, self.slots)
         if not self.has_context and not q_TNH.is_cuda:
-            return self.documents.attend(attention_index, q_TNH, k_TKH, v_TKH)
+            return self.packed.attend(attention_index, q_TNH, k_TKH, v_TKH)
         if self.has_context:
             k_TKH, v_TKH = cache.flatten(2, 3).index_select(2, self.key_slots).transpose(1, 2)
         if not q_TNH.is_cuda:
             return _attention_by_sequence(q_TNH, k_TKH, v_TKH, self.lengths, self.key_lengths)
         return self.segments(q_TNH, k_TKH, v_TKH)
-
-    def convolve(self, delta_index: int, x_TC: Tensor, weight_CW: Tensor) -> Tensor:
-        pool = self.caches.conv[delta_index]
-        out_TC, state = causal_conv(x_TC, weight_CW, self.documents.delta_layout, self._earlier(pool))
-        pool.index_copy_(0, self.state_slots, state)
-        return out_TC
-
-    def delta_rule(
-        self, delta_index: int, q_TKH: Tensor, k_TKH: Tensor, v_TVJ: Tensor, log_decay_TV: Tensor, beta_TV: Tensor
-    ) -> Tensor:
-        pool = self.caches.delta[delta_index]
-        inputs = (q_TKH, k_TKH, v_TVJ, log_decay_TV, beta_TV)
-        out_TVJ, state = gated_delta_rule(*inputs, self.documents.delta_layout, self._earlier(pool))
-        pool.index_copy_(0, self.state_slots, state)
-        return out_TVJ
 
     def _earlier(self, pool: Tensor) -> Tensor | None:
         """States to go on from; a fresh sequence's row still holds another's."""

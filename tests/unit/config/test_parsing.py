@@ -41,6 +41,21 @@ def test_the_run_is_named_after_the_recipe(tmp_path):
     assert recipe_name(Path("recipes/qwen3-0.6b/recipe.toml")) == "qwen3-0.6b"
 
 
+def test_random_weights_stay_out_of_the_folders_of_a_recipe(tmp_path):
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text(
+        '[model]\nhf_checkpoint = "m"\n[checkpoint]\nsave = "s"\nload = "s"\nsave_hf = "hf"\n[logging]\nrun_dir = "r"\n'
+    )
+    parsed = parse_options("train", [str(recipe), "--load-format", "dummy"])
+    assert (parsed.config.checkpoint.save, parsed.config.checkpoint.load, parsed.config.checkpoint.save_hf) == (
+        None,
+    ) * 3
+    assert parsed.config.logging.run_dir == "runs/mine-dummy"
+    assert any("--load, --save, --save-hf, --run-dir of the recipe" in note for note in parsed.notes)
+    asked_for = parse_options("train", [str(recipe), "--load-format", "dummy", "--save", "elsewhere"])
+    assert asked_for.config.checkpoint.save == "elsewhere"
+
+
 def test_a_recipe_and_flags_merge_sglang_arguments(tmp_path):
     recipe = tmp_path / "r.toml"
     recipe.write_text('hf_checkpoint = "x"\n[sglang]\nserver_args = {dp_size = 8, ep_size = 2}')

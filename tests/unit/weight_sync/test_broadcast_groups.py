@@ -24,6 +24,7 @@ from lockstep.rollout.sglang.api import ServerApi
 from lockstep.weight_sync import BroadcastTransport, WeightSource
 
 TIMEOUT_S = 120
+_dist: Any = dist  # stores are not among its declared names
 
 
 class Receiver(BaseHTTPRequestHandler):
@@ -59,9 +60,9 @@ class Receiver(BaseHTTPRequestHandler):
 
 def joined(body: dict[str, Any]) -> Any:
     timeout = timedelta(seconds=TIMEOUT_S)
-    store: Any = dist.TCPStore(body["master_address"], body["master_port"], is_master=False, timeout=timeout)
+    store = _dist.TCPStore(body["master_address"], body["master_port"], is_master=False, timeout=timeout)
     name, rank, size = body["group_name"], body["rank_offset"], body["world_size"]
-    store = dist.PrefixStore(name, store)
+    store = _dist.PrefixStore(name, store)
     backend: Any = c10d.Backend(body["backend"])
     group: Any
     group, _ = c10d._new_process_group_helper(size, rank, [], backend, store, group_name=name, timeout=timeout)
@@ -90,9 +91,7 @@ def test_ten_more_groups_leave_no_group_thread_or_file_open(server: ServerApi, i
     """A server that is lost is told nothing: the group ends without it."""
     model = twin_of(hf_model(dense_config(1)))
     source = WeightSource(export=None, model=lambda: nullcontext(model))
-    transport = BroadcastTransport(
-        backend="gloo", bucket_bytes=2**14, tp_size=1, timeout_s=TIMEOUT_S, host="127.0.0.1"
-    )
+    transport = BroadcastTransport(backend="gloo", bucket_bytes=2**14, tp_size=1, timeout_s=TIMEOUT_S, host="127.0.0.1")
     process, num_bytes = psutil.Process(), sum(parameter.nbytes for parameter in model.parameters())
     left = []
     for version in range(11):
