@@ -2,72 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 
-from lockstep.algorithms import Loss
 from lockstep.checkpoint.hf import OnBytes, save_hf_model
-from lockstep.checkpoint.tensors import load_tensors, save_tensors
-from lockstep.config import BatchingOptions, OptimizerOptions
 from lockstep.exact import log_probs_for, packed_documents
 from lockstep.models import LanguageModel
 from lockstep.models.layers.moe import ChooseExperts, RecordRoutes
 from lockstep.trainer.backward import BackwardOrder, ByLayer, ByMicroBatch, Pass
-from lockstep.trainer.batch import MicroBatch, TrainSample, pack_by_count, pack_by_tokens
-from lockstep.trainer.blocks import require_the_same_blocks
-from lockstep.trainer.counts import Counts
+from lockstep.trainer.base import Trainer, TrainerOptions, per_sample
+from lockstep.trainer.batch import MicroBatch, TrainSample
 from lockstep.trainer.engine import LogProbs, StepResult
-from lockstep.trainer.optimizer import Optimizer, learning_rate
+from lockstep.trainer.optimizer import Optimizer
 from lockstep.trainer.routes import CompareRoutes, ReplayRoutes, choose_experts
 
 
-class LocalTrainer(Counts):
+class LocalTrainer(Trainer):
     """Forward, backward and update on one device.
 
     Args:
         reference: frozen model for the KL loss, or None.
-        temperature: the sampler's; logits are divided by it here too.
-        needs_entropy: report (and let the loss use) the entropy of every prediction.
-        routing: whose experts serve training: the router's own (compared with the sampler's, where recorded), the
-            sampler's ("rollout", R3), or those of the pass that computed the old log-probs ("old", R2).
-        num_steps: optimizer steps of the whole run, for the learning-rate schedule.
-        on_micro_batch: called after each micro-batch with its number of samples, for progress.
     """
 
     def __init__(
-        self,
-        model: LanguageModel,
-        *,
-        reference: LanguageModel | None,
-        loss: Loss,
-        optimizer: OptimizerOptions,
-        batching: BatchingOptions,
-        temperature: float,
-        needs_entropy: bool,
-        routing: Literal["own", "rollout", "old"],
-        num_steps: int,
-        on_micro_batch: Callable[[int], None] = lambda _: None,
+        self, model: LanguageModel, *, reference: LanguageModel | None, **options: Unpack[TrainerOptions]
     ) -> None:
-        super().__init__()
-        self.model = model
-        self.reference = reference
-        self.loss = loss
-        self.optimizer: Optimizer = Optimizer(model, optimizer, settles=batching.backward_order == "layer")
-        self.optimizer_options = optimizer
-        self.batching = batching
-        self.temperature = temperature
-        self.needs_entropy = needs_entropy
-        self.routing = routing
-        self.num_steps = num_steps
-        self.on_micro_batch = on_micro_batch
-        self._backward: BackwardOrder = ByMicroBatch(recompute=batching.recompute_granularity is not None)
-        if batching.backward_order == "layer":
+        super().__init__(model, reference, options)
+        by_layer = self.batching.backward_order == "layer"
+        self.optimizer = Optimizer(model, self.optimizer_options, settles=by_layer)
+        self._backward: BackwardOrder = ByMicroBatch(recompute=self.batching.recompute_granularity is not None)
+        if by_layer:
             self._backward = ByLayer(self.optimizer.gradients.settle)
         if self.optimizer.is_streamed:
             self._update_before_use()
@@ -92,12 +62,9 @@ class LocalTrainer(Counts):
 
     @torch.no_grad()
     def log_probs(self, samples: Sequence[TrainSample], *, reference: bool = False) -> list[LogProbs]:
-        model = self.model
-        if reference:
-            assert self.reference is not None, "no reference model was loaded"
-            model = self.reference
+        model = self._model(reference)
         results: list[LogProbs | None] = [None] * len(samples)
-        for members in self._micro_batches(samples, self.batching.log_probs_max_tokens_per_gpu):
+        for members in self._bins([len(s.tokens) for s in samples], self.batching.log_probs_max_tokens_per_gpu):
             batch = MicroBatch.build([samples[i] for i in members], self.device)
             recorded_TLS = None if reference else batch.routed_experts_TLS
             choose = choose_experts(recorded_TLS, replays=self.routing == "rollout")
@@ -105,7 +72,7 @@ class LocalTrainer(Counts):
             documents = packed_documents(model)(batch.lengths, self.device)
             hidden_TD = model(batch.input_ids_T, batch.positions_T, documents, records or choose)
             policy_R, _ = self._project(model, batch, hidden_TD, with_entropy=False)
-            for index, result in zip(members, _per_sample(batch, policy_R, choose), strict=True):
+            for index, result in zip(members, per_sample(batch, policy_R, _flips(choose)), strict=True):
                 results[index] = result
             if records is not None and records.layers:
                 for index, routes in zip(members, records.stacked().cpu().split(batch.lengths), strict=True):
@@ -119,16 +86,14 @@ class LocalTrainer(Counts):
 
         def finish(members: list[int], batch: MicroBatch, choose: ChooseExperts, hidden_TD: Tensor) -> Tensor:
             policy_R, entropy_R = self._project(self.model, batch, hidden_TD, with_entropy=self.needs_entropy)
-            output = self.loss(batch.loss_inputs(policy_R, entropy_R))
-            for name, value in output.metrics.items():
-                totals[name] = totals.get(name, 0.0) + float(value)
-            for index, result in zip(members, _per_sample(batch, policy_R.detach(), choose), strict=True):
+            loss = self._loss(batch, policy_R, entropy_R, totals)
+            for index, result in zip(members, per_sample(batch, policy_R.detach(), _flips(choose)), strict=True):
                 results[index] = result
             self.on_micro_batch(len(members))
-            return output.loss
+            return loss
 
         def passes() -> Iterator[Pass]:
-            for members in self._micro_batches(samples, self.batching.max_tokens_per_gpu):
+            for members in self._bins([len(s.tokens) for s in samples], self.batching.max_tokens_per_gpu):
                 batch = MicroBatch.build([samples[i] for i in members], self.device)
                 choose = choose_experts(batch.routed_experts_TLS, replays=self.routing != "own")
                 keeps_attention = self.batching.recompute_granularity == "selective"
@@ -137,12 +102,7 @@ class LocalTrainer(Counts):
                 yield Pass(batch.input_ids_T, batch.positions_T, documents, choose, done)
 
         self._backward.run(self.model, passes())
-        lr = learning_rate(self.optimizer_options, self.num_steps_done, num_steps=self.num_steps)
-        updates_before = self.optimizer.num_updates
-        grad_norm = self.optimizer.start_step(lr)
-        metrics = self._count_step(
-            totals, grad_norm=grad_norm, lr=lr, updates_before=updates_before, num_samples=len(samples)
-        )
+        metrics = self._update(self.optimizer.start_step, totals, num_samples=len(samples))
         return StepResult(metrics, [result for result in results if result is not None])
 
     @contextmanager
@@ -160,16 +120,6 @@ class LocalTrainer(Counts):
         self.reference.load_state_dict(self.model.state_dict())
         self._reference_moved = True
 
-    def save(self, folder: Path, *, with_optimizer: bool = True) -> None:
-        save_tensors(folder, dict(self._state(with_optimizer)))
-
-    def load(self, folder: Path, *, with_optimizer: bool = True) -> None:
-        state = dict(self._state(with_optimizer))
-        require_the_same_blocks(folder, state)
-        load_tensors(folder, state)
-        if not with_optimizer:
-            self.optimizer.restart()
-
     def export(self, folder: Path, *, source: Path, on_bytes: OnBytes | None = None) -> None:
         with self.rollout_weights() as model:
             save_hf_model(model, folder, source=source, on_bytes=on_bytes)
@@ -182,11 +132,6 @@ class LocalTrainer(Counts):
         if self.reference is not None and self._reference_moved:
             yield from ((f"reference.{name}", p.detach()) for name, p in self.reference.named_parameters())
 
-    def _micro_batches(self, samples: Sequence[TrainSample], max_tokens: int | None) -> list[list[int]]:
-        if self.batching.use_dynamic_batch_size and max_tokens:
-            return pack_by_tokens([len(s.tokens) for s in samples], max_tokens)
-        return pack_by_count(len(samples), self.batching.micro_batch_size)
-
     def _project(
         self, model: LanguageModel, batch: MicroBatch, hidden_TD: Tensor, *, with_entropy: bool
     ) -> tuple[Tensor, Tensor | None]:
@@ -196,19 +141,10 @@ class LocalTrainer(Counts):
             batch.targets_R,
             temperature=self.temperature,
             kept=batch.kept,
-            chunk_rows=self.batching.log_probs_chunk_size if self.batching.log_probs_chunk_size > 0 else None,
+            chunk_rows=self._chunk_rows,
             with_entropy=with_entropy,
         )
 
 
-def _per_sample(batch: MicroBatch, log_probs_R: Tensor, choose: ChooseExperts) -> list[LogProbs]:
-    differs: list[Tensor | None] = [None] * len(batch.lengths)
-    if isinstance(choose, CompareRoutes | ReplayRoutes):
-        differs = [
-            flips.cumsum(0)[len(flips) - 1 - response : len(flips) - 1] > 0
-            for flips, response in zip(choose.differs_T.cpu().split(batch.lengths), batch.response_lengths, strict=True)
-        ]
-    return [
-        LogProbs(log_probs, differ)
-        for log_probs, differ in zip(log_probs_R.cpu().split(batch.response_lengths), differs, strict=True)
-    ]
+def _flips(choose: ChooseExperts) -> Tensor | None:
+    return choose.differs_T if isinstance(choose, CompareRoutes | ReplayRoutes) else None

@@ -9,12 +9,11 @@ predictions, D model width, L sparse layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property, partial
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Unpack
 
 import torch
 import torch.distributed as dist
@@ -22,9 +21,6 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
-from lockstep.algorithms import Loss
-from lockstep.checkpoint.tensors import load_tensors, save_tensors
-from lockstep.config import BatchingOptions, OptimizerOptions
 from lockstep.kernels.packed import PackedDocuments
 from lockstep.models import LanguageModel
 from lockstep.models.language_model import RunLayer, run_layer
@@ -40,11 +36,9 @@ from lockstep.parallel.rows import RankRows
 from lockstep.parallel.shard import ShardedParameter, sharded_parameters
 from lockstep.parallel.whole import WholeModel
 from lockstep.trainer.backward import ByLayer, Pass
-from lockstep.trainer.batch import MicroBatch, TrainSample, pack_by_count, pack_by_tokens
-from lockstep.trainer.blocks import require_the_same_blocks
-from lockstep.trainer.counts import Counts
+from lockstep.trainer.base import Trainer, TrainerOptions, per_sample
+from lockstep.trainer.batch import MicroBatch, TrainSample
 from lockstep.trainer.engine import LogProbs, StepResult
-from lockstep.trainer.optimizer import learning_rate
 from lockstep.trainer.routes import CompareRoutes, ReplayRoutes, choose_experts
 from lockstep.trainer.shards import ShardOptimizer
 
@@ -88,14 +82,12 @@ class _Pack:
     routed_experts_SLK: Tensor | None
 
 
-class ParallelTrainer(Counts):
+class ParallelTrainer(Trainer):
     """Forward, backward and update over all ranks of a layout.
 
     Args:
         model: divided by `shard_model`.
         reference: frozen model for the KL loss, divided likewise, or None.
-
-    The others are those of `LocalTrainer`.
     """
 
     def __init__(
@@ -104,34 +96,17 @@ class ParallelTrainer(Counts):
         meshes: Meshes,
         *,
         reference: LanguageModel | None,
-        loss: Loss,
-        optimizer: OptimizerOptions,
-        batching: BatchingOptions,
-        temperature: float,
-        needs_entropy: bool,
-        routing: Literal["own", "rollout", "old"],
-        num_steps: int,
         device: torch.device,
-        on_micro_batch: Callable[[int], None] = lambda _: None,
+        **options: Unpack[TrainerOptions],
     ) -> None:
-        super().__init__()
-        self.model = model
+        super().__init__(model, reference, options)
         self.meshes = meshes
-        self.reference = reference
-        self.loss = loss
-        by_layer = batching.backward_order == "layer"
-        shards = list(sharded_parameters(model, meshes))
-        self.optimizer: ShardOptimizer = ShardOptimizer(shards, optimizer, settles=by_layer)
-        self.optimizer_options = optimizer
-        self.batching = batching
-        self.temperature = temperature
-        self.needs_entropy = needs_entropy
-        self.routing = routing
-        self.num_steps = num_steps
         self.device = device
-        self.on_micro_batch = on_micro_batch
+        by_layer = self.batching.backward_order == "layer"
+        shards = list(sharded_parameters(model, meshes))
+        self.optimizer: ShardOptimizer = ShardOptimizer(shards, self.optimizer_options, settles=by_layer)
         self._by_layer = self._make_by_layer(shards) if by_layer else None
-        recomputes = batching.recompute_granularity is not None
+        recomputes = self.batching.recompute_granularity is not None
         self._run_layer: RunLayer = partial(checkpoint, use_reentrant=False) if recomputes else run_layer
 
     def _make_by_layer(self, shards: list[ShardedParameter]) -> ByLayer:
@@ -147,10 +122,7 @@ class ParallelTrainer(Counts):
 
     @torch.no_grad()
     def log_probs(self, samples: Sequence[TrainSample], *, reference: bool = False) -> list[LogProbs]:
-        model = self.model
-        if reference:
-            assert self.reference is not None, "no reference model was loaded"
-            model = self.reference
+        model = self._model(reference)
         packs = self._packs(samples, self.batching.log_probs_max_tokens_per_gpu)
         policies: list[Tensor] = []
         routes: list[ChooseExperts] = []
@@ -189,10 +161,7 @@ class ParallelTrainer(Counts):
                 return hidden_SD
             policy_R, entropy_R = self._log_probs(self.model, pack, hidden_SD, with_entropy=self.needs_entropy)
             policies.append(policy_R.detach())
-            output = self.loss(pack.batch.loss_inputs(policy_R, entropy_R))
-            for name, value in output.metrics.items():
-                totals[name] = totals.get(name, 0.0) + float(value)
-            return output.loss
+            return self._loss(pack.batch, policy_R, entropy_R, totals)
 
         def forward(index: int, received: Tensor | None) -> Tensor:
             return finish(packs[index], self._hidden(self.model, packs[index], routes[index], received))
@@ -207,14 +176,9 @@ class ParallelTrainer(Counts):
             )
         else:
             self._pipeline(self.model, packs).forward_backward(forward)
-        lr = learning_rate(self.optimizer_options, self.num_steps_done, num_steps=self.num_steps)
-        updates_before = self.optimizer.num_updates
-        grad_norm = self.optimizer.step(lr)
         parts = self._everybodys([totals] if self._speaks else [])
         totals = {name: sum(part[name] for part in parts) for name in parts[0]}
-        metrics = self._count_step(
-            totals, grad_norm=grad_norm, lr=lr, updates_before=updates_before, num_samples=len(samples)
-        )
+        metrics = self._update(self.optimizer.step, totals, num_samples=len(samples))
         return StepResult(metrics, self._results(packs, policies, routes))
 
     def rollout_weights(self) -> AbstractContextManager[LanguageModel]:
@@ -224,22 +188,6 @@ class ParallelTrainer(Counts):
     @cached_property
     def _whole(self) -> WholeModel:
         return WholeModel(self.model, self.device)
-
-    def save(self, folder: Path, *, with_optimizer: bool = True) -> None:
-        """Called by all ranks; each writes what it holds."""
-        save_tensors(folder, dict(self._state(with_optimizer)))
-
-    def load(self, folder: Path, *, with_optimizer: bool = True) -> None:
-        """Called by all ranks; whatever layout, or `LocalTrainer`, has written the folder.
-
-        Raises:
-            CheckpointError: as `load_tensors`, or the folder has 8-bit moments whose blocks end elsewhere.
-        """
-        state = dict(self._state(with_optimizer))
-        require_the_same_blocks(folder, state)
-        load_tensors(folder, state)
-        if not with_optimizer:
-            self.optimizer.restart()
 
     def update_reference(self) -> None:
         assert self.reference is not None, "no reference model was loaded"
@@ -268,10 +216,7 @@ class ParallelTrainer(Counts):
     ) -> list[_Pack]:
         """The micro-batches of this data-parallel place. `max_tokens` is what one context-parallel rank takes."""
         layout, lengths = self.meshes.layout, [len(s.tokens) for s in samples]
-        if self.batching.use_dynamic_batch_size and max_tokens:
-            bins = pack_by_tokens(lengths, max_tokens * layout.cp_size)
-        else:
-            bins = pack_by_count(len(samples), self.batching.micro_batch_size)
+        bins = self._bins(lengths, max_tokens and max_tokens * layout.cp_size)
         mine = deal_micro_batches(bins, lengths, layout.dp_size)[self.meshes.dp_rank]
         return [self._pack(members, [samples[i] for i in members] or [_NOTHING], keeps_attention) for members in mine]
 
@@ -317,7 +262,7 @@ class ParallelTrainer(Counts):
             self.meshes,
             temperature=self.temperature,
             kept=pack.batch.kept,
-            chunk_rows=self.batching.log_probs_chunk_size if self.batching.log_probs_chunk_size > 0 else None,
+            chunk_rows=self._chunk_rows,
             with_entropy=with_entropy,
         )
 
@@ -327,7 +272,7 @@ class ParallelTrainer(Counts):
         for index, pack in enumerate(packs):
             flips = self._flips(pack, routes[index])
             if self._speaks:
-                found += _per_sample(pack, policies[index], flips)
+                found += zip(pack.members, per_sample(pack.batch, policies[index], flips), strict=False)
         return [result for _, result in sorted(self._everybodys(found), key=lambda item: item[0])]
 
     def _flips(self, pack: _Pack, choose: ChooseExperts) -> Tensor | None:
@@ -364,19 +309,3 @@ class ParallelTrainer(Counts):
         parts: list[list[Any]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(parts, found)
         return [item for part in parts for item in part]
-
-
-def _per_sample(pack: _Pack, log_probs_R: Tensor, flips_T: Tensor | None) -> list[tuple[int, LogProbs]]:
-    lengths, responses = pack.batch.lengths, pack.batch.response_lengths
-    differs: list[Tensor | None] = [None] * len(lengths)
-    if flips_T is not None:
-        per_token = flips_T.cpu().split(pack.rows.lengths)
-        differs = [
-            flips.cumsum(0)[length - 1 - response : length - 1] > 0
-            for flips, length, response in zip(per_token, lengths, responses, strict=False)
-        ]
-    results = (
-        LogProbs(log_probs, differ)
-        for log_probs, differ in zip(log_probs_R.cpu().split(responses), differs, strict=True)
-    )
-    return list(zip(pack.members, results, strict=False))

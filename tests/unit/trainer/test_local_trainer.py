@@ -130,6 +130,18 @@ def test_replayed_routes_decide_which_experts_serve_and_own_routes_do_not() -> N
     assert all(r.routes_differ is not None and r.routes_differ.all() for r in compared)
 
 
+@pytest.mark.parametrize("flipped", [0, 3, 4, 7])
+def test_routes_differ_from_the_prediction_whose_token_has_other_experts(flipped: int) -> None:
+    """Four tokens of prompt: predictions are made at tokens 3, 4 and on. All later ones read what a token left."""
+    model, batch = tiny_moe(), samples(3, seed=1)
+    for sample in batch:
+        sample.routed_experts = own_routes(model, sample)
+        sample.routed_experts[flipped : flipped + 1] = other_routes(model, sample)[flipped : flipped + 1]
+    for result in tiny_trainer(model, routing="own").log_probs(batch):
+        assert result.routes_differ is not None
+        assert result.routes_differ.tolist() == [3 + i >= flipped for i in range(len(result.log_probs))]
+
+
 def test_replay_does_not_depend_on_whether_a_neighbour_has_a_record() -> None:
     model, batch = tiny_moe(), samples(2)
     batch[0].routed_experts = other_routes(model, batch[0])
