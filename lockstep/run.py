@@ -104,6 +104,7 @@ class Run:
         return {
             "next_rollout_id": self.next_rollout_id,
             "model": read_hf_config(Path(self.config.model.hf_checkpoint)),
+            "params_dtype": self.config.model.params_dtype,
             "trainer": self.trainer.state_dict(),
             **data_state(self),
             "kv_tokens": self.kv_tokens,
@@ -184,6 +185,7 @@ def resume_run(run: Run, checkpoint: Path | None) -> None:
     state = read_state(checkpoint)
     try:
         _require_same_model(checkpoint, state["model"], read_hf_config(Path(run.config.model.hf_checkpoint)))
+        _require_same_masters(checkpoint, state, run.config.model.params_dtype)
         _restore(run, checkpoint, state)
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
@@ -218,6 +220,18 @@ def _require_same_model(checkpoint: Path, trained: dict[str, Any], given: dict[s
                 f"--hf-checkpoint describes another model, whose {name} is {given.get(name)!r}.",
                 "Give the --hf-checkpoint that the run began with.",
             )
+
+
+def _require_same_masters(checkpoint: Path, state: dict[str, Any], given: str) -> None:
+    """A master is an fp32 weight, or a bf16 weight and its remainder: one cannot go on as the other."""
+    trained = state.get("params_dtype", given)  # checkpoints did not always say
+    if state["with_optimizer"] and trained != given:
+        raise CheckpointError(
+            f"--load {checkpoint} (params_dtype)",
+            trained,
+            f"this run has {given}, and the masters of one type are not those of the other.",
+            f"Give --params-dtype {trained}. Or begin a new run from weights that --save-hf has exported.",
+        )
 
 
 def require_writable(option: str, folder: Path) -> None:

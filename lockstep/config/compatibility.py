@@ -90,7 +90,7 @@ def _accepted(
 
 def _only(*flags: str, value: Any, why: str, remedy: str) -> list[SlimeFlag]:
     """Accepted for one value, refused for every other."""
-    return [SlimeFlag(flag, Status.ACCEPTED, why, remedy, works=(value,)) for flag in flags]
+    return [SlimeFlag(flag, Status.ACCEPTED, f"only {value}: {why}", remedy, works=(value,)) for flag in flags]
 
 
 def _later(
@@ -187,7 +187,7 @@ SECTIONS: dict[str, list[SlimeFlag]] = {
         *_same("--num-epoch", note="The rows that do not fill a rollout are carried over into the next epoch."),
         *_same("--over-sampling-batch-size", "--dynamic-sampling-filter-path"),
         *_same("--partial-rollout", "--mask-offpolicy-in-partial-rollout",
-               note="docs/rollouts.md. When a filter drops groups, the interrupted ones go on in the same rollout."),
+               note="see docs/rollouts.md. When a filter drops groups, interrupted ones go on in the same rollout."),
         *_same("--buffer-filter-path", "--rollout-sample-hook-path", "--rollout-sample-filter-path"),
         *_same("--rollout-all-samples-process-path"),
         *_same("--rollout-data-postprocess-path",
@@ -236,7 +236,7 @@ SECTIONS: dict[str, list[SlimeFlag]] = {
                remedy="Use --use-kl-loss and --kl-loss-coef."),
         *_same("--use-kl-loss", note="Without `--ref-load` the reference is `--hf-checkpoint` (slime: an error)."),
         *_same("--kl-loss-coef", "--kl-loss-type", "--use-unbiased-kl", "--ref-update-interval", "--entropy-coef"),
-        *_accepted("--gamma", "--lambd", why="grpo and gspo do not use it."),
+        *_accepted("--gamma", "--lambd", why="neither grpo nor gspo uses it."),
         *_same("--normalize-advantages"),
         *_same("--disable-grpo-std-normalization", "--disable-rewards-normalization", "--calculate-per-token-loss"),
         *_same("--use-rollout-logprobs", "--get-mismatch-metrics"),
@@ -262,7 +262,7 @@ SECTIONS: dict[str, list[SlimeFlag]] = {
                 why="losses and advantages of your own are not there yet.",
                 use="Use --custom-reward-post-process-path to change what rewards become."),
         *_accepted("--disable-compute-advantages-and-returns", words="none",
-                   why="sft_loss computes none anyway; with policy_loss it is refused."),
+                   why="with sft_loss none are computed anyway; with policy_loss it is refused."),
         *_same("--seed", note="Seeds the generators of Python, NumPy and PyTorch for hooks; nothing else draws there."),
         *_same("--lr", "--clip-grad", "--weight-decay", "--adam-beta1", "--adam-beta2", "--adam-eps"),
         *_later("--reset-optimizer-states", words="none", why="the optimizer keeps its state between rollouts.",
@@ -277,7 +277,8 @@ SECTIONS: dict[str, list[SlimeFlag]] = {
                note="math uses math-verify; see above."),
         *_same("--custom-rm-path", note="Runs in a worker process that is killed after `--reward-timeout`."),
         *_same("--rm-url", "--group-rm", "--reward-key", "--eval-reward-key"),
-        *_same("--custom-reward-post-process-path", note="rollout/raw_reward stays the mean of the samples' rewards."),
+        *_same("--custom-reward-post-process-path",
+               note="the metric rollout/raw_reward stays the mean of the samples' rewards."),
         *_later("--custom-convert-samples-to-train-data-path",
                 why="the conversion of samples cannot be replaced yet.",
                 use="Use --rollout-data-postprocess-path to change its result."),
@@ -318,8 +319,9 @@ SECTIONS: dict[str, list[SlimeFlag]] = {
     ],
     "Megatron": [
         *_same("--tensor-model-parallel-size", "--context-parallel-size", "--expert-model-parallel-size",
-               "--expert-tensor-parallel-size", note="docs/parallelism.md explains it."),
-        *_same("--pipeline-model-parallel-size", note="Above 1 there is no sampling: see docs/parallelism.md."),
+               "--expert-tensor-parallel-size", note="explained in docs/parallelism.md."),
+        *_same("--pipeline-model-parallel-size",
+               note="Above 1 SGLang's servers sample, not the embedded engine: see docs/parallelism.md."),
         *_same("--decoder-first-pipeline-num-layers", "--decoder-last-pipeline-num-layers"),
         *_accepted("--sequence-parallel", words="none",
                    why="it is always on where --tensor-model-parallel-size is above 1, and means nothing elsewhere."),

@@ -143,6 +143,8 @@ def _load_file(file: Path, path: str, option: str) -> ModuleType:
 
 
 def _how_to_import(module_name: str, path: str, error: Exception) -> str:
+    if path.endswith(".py"):
+        return f"Write {path}:NAME, with the name of the function in that file."
     file = Path(*module_name.split(".")).with_suffix(".py")
     if file.is_file() and isinstance(error, ModuleNotFoundError):
         return f"Write {file}:{path.rpartition('.')[2]}."

@@ -82,6 +82,13 @@ class AlgorithmOptions(OptionGroup):
         return self
 
     @model_validator(mode="after")
+    def _sft_has_one_term(self) -> AlgorithmOptions:
+        for flag, value in {"--use-kl-loss": self.use_kl_loss, "--entropy-coef": self.entropy_coef}.items():
+            if value and self.loss_type == "sft_loss":
+                raise OptionError(flag, value, "with --loss-type sft_loss it does nothing.", "Leave it out.")
+        return self
+
+    @model_validator(mode="after")
     def _correction_must_be_consistent(self) -> AlgorithmOptions:
         if self.use_tis and self.use_rollout_logprobs:
             raise OptionError(

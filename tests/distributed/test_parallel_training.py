@@ -15,6 +15,7 @@ import torch
 from parallel_ranks import Case, Expected, error_of, masters_of, one_process, run_rank, run_rank_in_small_formats
 from tiny_models import dense_config, hf_model, moe_config, next_config, relative_error, twin_of
 from torch.multiprocessing import start_processes
+from transformers import PretrainedConfig
 
 from lockstep.trainer.batch import TrainSample
 from lockstep.trainer.local import LocalTrainer
@@ -94,6 +95,9 @@ LAYOUTS: dict[int, list[dict[str, int]]] = {
     ],
 }
 
+NUM_LAYERS = {2: 3, 4: 5, 8: 3}
+"""By the number of ranks: as many as stages of unlike sizes need, and at most all."""
+
 
 def batch(seed: int) -> list[TrainSample]:
     """Ragged samples; one is longer than a micro-batch, some have a nucleus, one is masked."""
@@ -113,12 +117,21 @@ def batch(seed: int) -> list[TrainSample]:
     return samples
 
 
-def make_case(family: str, root: Path) -> Case:
+def first_layers(config: PretrainedConfig, count: int) -> PretrainedConfig:
+    config = copy.deepcopy(config)
+    config.num_hidden_layers = min(count, config.num_hidden_layers)
+    if hasattr(config, "layer_types"):
+        config.layer_types = config.layer_types[:count]
+    return config
+
+
+def make_case(family: str, root: Path, num_layers: int = 5) -> Case:
     """One process's own two steps, off policy enough for some ratios to be clipped, and its checkpoint between them."""
     settings = FAMILIES[family]
-    model = twin_of(hf_model(settings["config"]))
+    config = first_layers(settings["config"], num_layers)
+    model = twin_of(hf_model(config))
     case = Case(
-        hf_config=settings["config"].to_dict(),
+        hf_config=config.to_dict(),
         weights={name: tensor.clone() for name, tensor in model.state_dict().items()},
         estimator=settings["estimator"],
         routing=settings["routing"],
@@ -186,7 +199,7 @@ def reports_of(world_size: int, root: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("world_size", LAYOUTS)
 def test_every_layout_trains_as_one_process_does(tmp_path: Path, world_size: int) -> None:
     """A second step starts from the checkpoint of the layout before it; the first and the last are of one process."""
-    cases = {family: make_case(family, tmp_path) for family in FAMILIES}
+    cases = {family: make_case(family, tmp_path, NUM_LAYERS[world_size]) for family in FAMILIES}
     for family, case in cases.items():
         torch.save(case, tmp_path / f"{family}.case")
     launch(run_rank, world_size, LAYOUTS[world_size], tmp_path)

@@ -470,6 +470,12 @@ def test_a_checkpoint_of_another_model_is_refused(finished, workshop, tmp_path, 
     assert_says(complaint(capsys, words, 1), parts)
 
 
+def test_a_checkpoint_of_another_type_is_refused(finished, workshop, tmp_path, capsys):
+    words = workshop.train(tmp_path / "run", load=finished / "checkpoints", params_dtype="bfloat16")
+    parts = ("(params_dtype) is 'float32'", "this run has bfloat16", "Give --params-dtype float32")
+    assert_says(complaint(capsys, words, 1), parts)
+
+
 def test_a_checkpoint_of_other_data_is_refused(finished, workshop, tmp_path, capsys):
     words = workshop.train(tmp_path / "run", load=finished / "checkpoints", prompt_data=workshop.heldout)
     assert_says(complaint(capsys, words, 1), ("number of rows is 8", "64", "Resume with the data"))

@@ -38,6 +38,7 @@ CPU_ARGS: dict[str, Any] = {
     "disable_overlap_schedule": True,
     "disable_cuda_graph": True,
     "skip_server_warmup": True,
+    "sleep_on_idle": True,
     "max_total_tokens": 4096,
     "max_running_requests": 8,
     "enable_return_routed_experts": True,

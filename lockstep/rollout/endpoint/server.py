@@ -136,7 +136,12 @@ def listen(host: str, port: int, option: str) -> socket.socket:
     """
     missing = [name for name in ("starlette", "uvicorn") if find_spec(name) is None]
     if missing:
-        raise OptionError(option, port, f"the package {missing[0]} is not installed.", "Install lockstep-rl[serve].")
+        raise OptionError(
+            option,
+            port,
+            f"serving needs the package {missing[0]}, which is not installed.",
+            "Install it with `pip install 'lockstep-rl[serve]'`.",
+        )
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family, backlog=2048)

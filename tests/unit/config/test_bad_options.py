@@ -37,6 +37,8 @@ BAD = [
     ("--advantage-estimator gpro", "--advantage-estimator", "gpro", "grpo or gspo", "Give grpo or gspo"),
     ("--advantage-estimator ppo", "--advantage-estimator", "ppo", "not there yet", "Use grpo or gspo"),
     ("--loss-type custom_loss", "--loss-type", "custom_loss", "not there yet", "policy_loss"),
+    ("--loss-type sft_loss --use-kl-loss", "--use-kl-loss", True, "with --loss-type sft_loss it does nothing", "Leave"),
+    ("--loss-type sft_loss --entropy-coef 0.01", "--entropy-coef", 0.01, "it does nothing", "Leave it out"),
     ("--rm-type ifbench", "--rm-type", "ifbench", "not there yet", "--custom-rm-path"),
     ("--rm-type mth", "--rm-type", "mth", "no such reward", "math"),
     ("--rm-type remote_rm", "--rm-url", None, "no address", "URL"),

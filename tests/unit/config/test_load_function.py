@@ -58,6 +58,8 @@ def test_a_file_that_is_named_like_a_module_is_pointed_to(tmp_path, monkeypatch)
     (tmp_path / "rewards_of_mine.py").write_text("from slime.utils.types import Sample\n")
     with pytest.raises(OptionError, match=r"Write rewards_of_mine.py:f\."):
         load_function("rewards_of_mine.f")
+    with pytest.raises(OptionError, match=r"Write rewards_of_mine.py:NAME, "):
+        load_function("rewards_of_mine.py")
     with pytest.raises(OptionError, match="slime is not needed: import Sample"):
         load_function("rewards_of_mine.py:f")
 
