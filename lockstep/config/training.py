@@ -16,7 +16,8 @@ class AlgorithmOptions(OptionGroup):
     advantage_estimator: Literal["grpo", "gspo"] = "grpo"
     """How rewards become advantages, and whether the importance ratio is per token (grpo) or per sequence (gspo)."""
     loss_type: Literal["policy_loss", "sft_loss"] = "policy_loss"
-    """Reinforcement learning, or supervised fine-tuning on the messages of the prompt data."""
+    """Reinforcement learning, or supervised fine-tuning: on the assistant's turns where a prompt is messages, on the
+    label where it is text."""
     eps_clip: NonNegative = 0.2
     """The importance ratio is clipped below at 1 - eps_clip."""
     eps_clip_high: NonNegative = Field(default_factory=lambda data: data.get("eps_clip", 0.2))
