@@ -383,4 +383,4 @@ def test_options_reach_the_loss() -> None:
     built = loss_from_options(AlgorithmOptions(loss_type="policy_loss", **options))
     assert built == make_policy_loss(**options)
     assert vars(built) == {"sequence_level": True, **{k: v for k, v in options.items() if k != "advantage_estimator"}}
-    assert loss_from_options(AlgorithmOptions(loss_type="sft_loss", **options)) == SftLoss()
+    assert loss_from_options(AlgorithmOptions(loss_type="sft_loss", eps_clip=0.3, use_tis=True)) == SftLoss()
