@@ -37,23 +37,10 @@ def grouped_experts(
     """
     if any(weight.shape[-1] * weight.element_size() % 16 for weight in (gate_up_EJD, down_EDI)):
         return experts_reference(x_TD, experts_TS, weights_TS, gate_up_EJD, down_EDI)
-    if len(x_TD) == 1 and x_TD.is_cpu and not torch.is_grad_enabled():
-        return _one_row(x_TD, experts_TS, weights_TS, gate_up_EJD, down_EDI)
     slots = Slots.of(experts_TS, len(gate_up_EJD))
     gate_up_RJ = F.grouped_mm(spread(x_TD, slots), gate_up_EJD.transpose(1, 2), offs=slots.ends_E)
     out_RD = F.grouped_mm(weighted_swiglu(gate_up_RJ, weights_TS, slots), down_EDI.transpose(1, 2), offs=slots.ends_E)
     return collect(out_RD, slots)
-
-
-def _one_row(x_TD: Tensor, experts_TS: Tensor, weights_TS: Tensor, gate_up_EJD: Tensor, down_EDI: Tensor) -> Tensor:
-    """The chosen experts one by one: on a CPU `grouped_mm` goes through all of them."""
-    chosen = zip(experts_TS[0].tolist(), weights_TS[0], strict=True)
-    return torch.stack([_expert(x_TD, gate_up_EJD[e], down_EDI[e], weight) for e, weight in chosen]).sum(0)
-
-
-def _expert(x_TD: Tensor, gate_up_JD: Tensor, down_DI: Tensor, weight: Tensor) -> Tensor:
-    gate_TI, up_TI = F.linear(x_TD, gate_up_JD).chunk(2, dim=-1)
-    return F.linear(F.silu(gate_TI).mul_(up_TI).mul_(weight), down_DI)
 
 
 def local_experts(

@@ -33,27 +33,3 @@ def norm_and_rotate(
         fused: Tensor = apply(NormRotary, x_TNH, weight_H, eps, weight_offset, *tables)
         return fused
     return rotate(rms_norm_reference(x_TNH, weight_H, eps, weight_offset), tables)
-
-
-def norm_and_rotate_both(
-    q_TNH: Tensor,
-    k_TKH: Tensor,
-    q_weight_H: Tensor,
-    k_weight_H: Tensor,
-    eps: float,
-    weight_offset: float,
-    tables: tuple[Tensor, Tensor],
-) -> Tensor:
-    """`norm_and_rotate` of queries and of keys, side by side `[T, N + K, H]`, in half the operations.
-
-    For fp32 without gradients; agrees with the separate operations to rounding.
-    """
-    num_heads, head_dim = q_TNH.shape[1:]
-    both = torch.cat((q_TNH, k_TKH), dim=1)
-    norms = torch.linalg.vector_norm(both, dim=-1, keepdim=True)
-    both.mul_(norms.square_().div_(head_dim).add_(eps).rsqrt_())
-    if weight_offset:
-        q_weight_H, k_weight_H = weight_offset + q_weight_H, weight_offset + k_weight_H
-    both[:, :num_heads].mul_(q_weight_H)
-    both[:, num_heads:].mul_(k_weight_H)
-    return rotate(both, tables)

@@ -32,21 +32,6 @@ def paged_attention(q_BQNH: Tensor, kv_cache: Tensor, block_tables_BM: Tensor, b
     return out.view(num_keys, batch, groups, width, head_dim).permute(1, 3, 0, 2, 4).flatten(2, 3)
 
 
-def paged_attention_of_rows(q_BNH: Tensor, kv_cache: Tensor, block_tables_BM: Tensor, bias_P1L: Tensor) -> Tensor:
-    """`paged_attention` of one new token per sequence, `[B, N, H]`, in fp32 and in fewer operations.
-
-    `bias_P1L` is the bias once for every key/value head, P = K x B.
-    """
-    batch, num_heads, head_dim = q_BNH.shape
-    num_keys = kv_cache.shape[1]
-    rows = kv_cache.flatten(0, 1).flatten(2).index_select(1, block_tables_BM.flatten())
-    k_PLH, v_PLH = rows.view(2, num_keys * batch, -1, head_dim)
-    q_PGH = q_BNH.view(batch, num_keys, -1, head_dim).transpose(0, 1).reshape(num_keys * batch, -1, head_dim)
-    scores_PGL = torch.baddbmm(bias_P1L, q_PGH, k_PLH.transpose(1, 2), alpha=head_dim**-0.5)
-    out_PGH = torch.bmm(scores_PGL.softmax(-1), v_PLH)
-    return out_PGH.view(num_keys, batch, -1, head_dim).transpose(0, 1).reshape(batch, num_heads, head_dim)
-
-
 def length_bias(lengths_B: Tensor, num_slots: int, dtype: torch.dtype) -> Tensor:
     """The bias `[B, 1, num_slots]` that hides slots past each length."""
     places_L = torch.arange(num_slots, dtype=torch.int32, device=lengths_B.device)

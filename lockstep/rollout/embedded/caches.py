@@ -6,7 +6,6 @@ heads, H head dim; of the delta rule: V value heads, J value head dim, C channel
 
 from __future__ import annotations
 
-from functools import cached_property
 from math import prod
 
 import numpy as np
@@ -15,12 +14,9 @@ from torch import Tensor
 
 from lockstep.kernels.causal_conv import causal_conv, causal_conv_step
 from lockstep.kernels.gated_delta_rule import gated_delta_rule, gated_delta_step
-from lockstep.kernels.norm_rotary import norm_and_rotate_both
 from lockstep.kernels.packed import PackedDocuments
-from lockstep.kernels.paged_attention import paged_attention, paged_attention_of_rows
+from lockstep.kernels.paged_attention import paged_attention
 from lockstep.models import LanguageModel, ModelConfig, Qwen3NextConfig
-from lockstep.models.layers.mixer import NormsAndAttends
-from lockstep.models.layers.norm import RMSNorm
 from lockstep.rollout.embedded.address_range import AddressRange
 from lockstep.rollout.embedded.block_manager import num_snapshots
 from lockstep.rollout.embedded.sequence import Sequence
@@ -135,8 +131,9 @@ class CachedDocuments(PackedStates):
         self.new_lengths: list[int] = (ends - starts).tolist()
         self.has_context = bool(starts.any())
         self.is_decode = self.has_context and max(self.new_lengths) == 1
-        widest = max(len(s.block_table) for s in sequences)
-        tables = np.array([s.block_table + [0] * (widest - len(s.block_table)) for s in sequences], dtype=np.int64)
+        tables = np.zeros((len(sequences), max(len(s.block_table) for s in sequences)), dtype=np.int64)
+        for row, sequence in enumerate(sequences):
+            tables[row, : len(sequence.block_table)] = sequence.block_table
         if max(self.new_lengths) == 1:
             input_ids = [s.tokens[s.num_computed_tokens] for s in sequences]
             positions, rows = starts, np.arange(len(sequences))
@@ -151,8 +148,7 @@ class CachedDocuments(PackedStates):
         self.new_slots = torch.from_numpy(new_slots).to(device)
         self.last_rows = torch.from_numpy(np.cumsum(self.new_lengths) - 1).to(device)
         self.state_slots = torch.tensor([s.state_slot for s in sequences]).to(device)
-        if not self.is_decode:
-            self.packed = PackedDocuments(self.new_lengths, device)
+        self.packed = PackedDocuments(self.new_lengths, device)
         if self.has_context:
             width = max(self.new_lengths)
             columns = positions - starts[rows]
@@ -161,8 +157,7 @@ class CachedDocuments(PackedStates):
             positions_BQ[rows, columns] = positions
             self.block_tables = torch.from_numpy(tables).to(device)
             is_visible = np.arange(tables.shape[1] * block_size) <= positions_BQ[:, :, None]
-            bias_BQL = np.where(is_visible, np.float32(0.0), np.float32(-np.inf))
-            self.bias_BQL = torch.from_numpy(bias_BQL).to(device, dtype)
+            self.bias_BQL = torch.from_numpy(np.where(is_visible, 0.0, -np.inf)).to(device, dtype)
 
     def attend(self, attention_index: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
         cache = self.caches.kv[attention_index]
@@ -192,30 +187,3 @@ class CachedDocuments(PackedStates):
 
     def _earlier(self, pool: Tensor) -> Tensor | None:
         return pool[self.state_slots] if self.has_context else None
-
-
-class DecodedRows(CachedDocuments, NormsAndAttends):
-    """The same for one token of each sequence, in fp32 on a CPU: a small model's step takes as long as it has
-    operations, so queries and keys go through theirs together."""
-
-    def norm_and_attend(
-        self,
-        attention_index: int,
-        q_TNH: Tensor,
-        k_TKH: Tensor,
-        v_TKH: Tensor,
-        norms: tuple[RMSNorm, RMSNorm],
-        rotary: tuple[Tensor, Tensor],
-    ) -> Tensor:
-        q_norm, k_norm = norms
-        weights, num_heads = (q_norm.weight, k_norm.weight), q_TNH.shape[1]
-        qk = norm_and_rotate_both(q_TNH, k_TKH, *weights, q_norm.eps, q_norm.weight_offset, rotary)
-        q_TNH, k_TKH = qk[:, :num_heads], qk[:, num_heads:]
-        cache = self.caches.kv[attention_index]
-        new_rows = torch.cat((k_TKH, v_TKH), dim=1).transpose(0, 1)
-        cache.flatten(2, 3).flatten(0, 1).index_copy_(1, self.new_slots, new_rows)
-        return paged_attention_of_rows(q_TNH, cache, self.block_tables, self._bias_of_rows)
-
-    @cached_property
-    def _bias_of_rows(self) -> Tensor:
-        return self.bias_BQL.repeat(self.caches.kv.shape[2], 1, 1)

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from lockstep.kernels.linear_log_probs import linear_logits
 from lockstep.models import LanguageModel
-from lockstep.models.layers.moe import RecordRoutes, RecordRoutesAtOnce
+from lockstep.models.layers.moe import RecordRoutes
 from lockstep.parallel.decode import Peers
 from lockstep.rollout.embedded.block_manager import num_snapshots
-from lockstep.rollout.embedded.caches import CachedDocuments, Caches, DecodedRows
+from lockstep.rollout.embedded.caches import CachedDocuments, Caches
 from lockstep.rollout.embedded.sampler import Sampled, sample, stream_uniform
 from lockstep.rollout.embedded.sequence import Sequence
 
@@ -49,7 +49,6 @@ class ModelRunner:
         self.peers = peers
         num_states = max_running + num_snapshots(max_running) + self.num_spare_slots
         self.caches = Caches(model, num_blocks=num_blocks, block_size=block_size, num_state_slots=num_states)
-        self._decodes_in_few_operations = self.device.type == "cpu" and model.lm_head.weight.dtype == torch.float32
         self.routed_experts: Tensor | None = None
         if config.num_sparse_layers:
             self.routed_experts = torch.zeros(
@@ -113,22 +112,18 @@ class ModelRunner:
                 peers.serve()
 
     def _run_pass(self, sequences: list[Sequence]) -> None:
-        is_decode = all(s.num_computed_tokens and s.num_uncomputed_tokens == 1 for s in sequences)
-        few = is_decode and self._decodes_in_few_operations
-        documents = (DecodedRows if few else CachedDocuments)(sequences, self.caches)
-        routes = RecordRoutesAtOnce() if few else RecordRoutes()
+        documents = CachedDocuments(sequences, self.caches)
+        routes = RecordRoutes()
         hidden_TD = self.model(documents.input_ids, documents.positions, documents, routes)
         if self.routed_experts is not None:
-            self.routed_experts.index_copy_(0, documents.new_slots, routes.stacked().to(torch.int16))
-        ended = sequences
-        if not is_decode:
-            ended = [s for s in sequences if s.samples_next]
-            hidden_TD = hidden_TD[documents.last_rows[[row for row, s in enumerate(sequences) if s.samples_next]]]
+            self.routed_experts[documents.new_slots] = routes.stacked().to(torch.int16)
+        last_rows = documents.last_rows[[row for row, s in enumerate(sequences) if s.samples_next]]
+        ended = [s for s in sequences if s.samples_next]
         for sequence in sequences:
             sequence.num_computed_tokens += sequence.num_scheduled_tokens
             sequence.num_scheduled_tokens = 0
         if ended:
-            self._append_sampled(ended, self._logits(hidden_TD))
+            self._append_sampled(ended, self._logits(hidden_TD[last_rows]))
 
     def _logits(self, hidden_BD: Tensor) -> Tensor:
         return linear_logits(hidden_BD, self.model.lm_head.weight)
