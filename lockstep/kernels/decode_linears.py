@@ -24,18 +24,16 @@ def _fits(x_TD: Tensor, *weights: Tensor) -> bool:
 
 
 def linears(x_TD: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
-    """`x @ weight.T` for each of up to three weights `[O, D]`; for few rows in one launch, without gradients."""
+    """`x @ weight.T` for each of up to three weights `[O, D]`, without gradients. On a GPU few rows take one launch; of
+    more the products go side by side, because those of some hundred rows do not fill it alone."""
     if _fits(x_TD, *weights) and (len(x_TD) == 1 or len(weights) > 1):
         from lockstep.kernels.decode_linears_triton import linears_triton
 
         return linears_triton(x_TD, weights)
-    return [F.linear(x_TD, weight) for weight in weights]
+    return _side_by_side(x_TD, weights) if x_TD.is_cuda else [F.linear(x_TD, weight) for weight in weights]
 
 
-def linears_at_once(x_TD: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
-    """`x @ weight.T` for each weight, on a GPU side by side: products of some hundred rows do not fill it alone."""
-    if not x_TD.is_cuda:
-        return [F.linear(x_TD, weight) for weight in weights]
+def _side_by_side(x_TD: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
     here = torch.cuda.current_stream()
     # What one of these streams reuses was read before: its next work follows all that this stream has done until then.
     streams = [_stream(x_TD.device, number) for number in range(len(weights) - 1)]
@@ -61,5 +59,5 @@ def swiglu_linear(x_TD: Tensor, gate_ID: Tensor, up_ID: Tensor) -> Tensor:
         from lockstep.kernels.decode_linears_triton import swiglu_linear_triton
 
         return swiglu_linear_triton(x_TD, gate_ID, up_ID)
-    gate_TI, up_TI = linears_at_once(x_TD, [gate_ID, up_ID])
+    gate_TI, up_TI = linears(x_TD, [gate_ID, up_ID])
     return swiglu(gate_TI, up_TI)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
@@ -37,7 +38,7 @@ class TrainerOptions(TypedDict):
     """Called after each micro-batch with its number of samples, for progress."""
 
 
-class Trainer:
+class Trainer(ABC):
     """A part of a training engine, which sets `optimizer` and says by `_state` what a checkpoint holds of it."""
 
     optimizer: Optimizer
@@ -88,8 +89,9 @@ class Trainer:
         self.optimizer.num_updates = state["num_updates"]
         self._reference_moved = state["reference_moved"]
 
+    @abstractmethod
     def _state(self, with_optimizer: bool) -> Iterator[tuple[str, Tensor]]:
-        raise NotImplementedError
+        """Names and tensors of a checkpoint, themselves and not copies."""
 
     def _model(self, reference: bool) -> LanguageModel:
         if not reference:

@@ -28,17 +28,17 @@ def fill_with_dummies(model: LanguageModel, folder: Path, *, on_bytes: OnBytes |
             if vector.dim() == 1:
                 local = vector.to_local() if isinstance(vector, DTensor) else vector
                 local.fill_(_first_value(module, name))
-    shapes = {name: place.holding.indexed_shape(place.index) for name, place in hf_places(model).items()}
-    parts = {name: place.holding.shared(place.index) for name, place in hf_places(model).items()}
-    sizes = {name: part.view.nbytes for name, part in parts.items() if part is not None and len(shapes[name]) > 1}
-    done, total = 0, sum(sizes.values())
-    for name, size in sizes.items():
-        part = parts[name]
-        assert part is not None, "only what is here has a size"
+    parts = {}
+    for name, place in hf_places(model).items():
+        shape, part = place.holding.indexed_shape(place.index), place.holding.shared(place.index)
+        if part is not None and len(shape) > 1:
+            parts[name] = shape, part
+    done, total = 0, sum(part.view.nbytes for _, part in parts.values())
+    for name, (shape, part) in parts.items():
         generator = torch.Generator(part.view.device).manual_seed(zlib.crc32(name.encode()))
-        drawn = torch.randn(shapes[name], generator=generator, device=part.view.device) * _STD
+        drawn = torch.randn(shape, generator=generator, device=part.view.device) * _STD
         part.view.copy_(drawn[part.region])
-        done += size
+        done += part.view.nbytes
         if on_bytes is not None:
             on_bytes(done, total)
     return done

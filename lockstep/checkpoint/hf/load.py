@@ -23,29 +23,6 @@ class FillWeights(Protocol):
     def __call__(self, model: LanguageModel, folder: Path, *, on_bytes: OnBytes | None = None) -> int: ...
 
 
-def load_hf_model(
-    folder: Path,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    on_bytes: OnBytes | None = None,
-    fill: FillWeights | None = None,
-) -> LanguageModel:
-    """Build the model of an HF folder and fill every parameter, by default from its safetensors.
-
-    Raises:
-        ModelError: the config is not computed here, or a tensor is missing, surplus, or of another shape or type.
-        CheckpointError: a file is missing or damaged, or the index says something else than the files.
-    """
-    config = read_model_config(read_hf_config(folder))
-    with torch.device("meta"):
-        model = build_model(config)
-    model = model.to(dtype).to_empty(device=device)
-    model.tie_weights()
-    (fill or load_hf_weights)(model, folder, on_bytes=on_bytes)
-    return model
-
-
 def load_hf_weights(model: LanguageModel, folder: Path, *, on_bytes: OnBytes | None = None) -> int:
     """Fill the parameters of a model that has its memory; of DTensors the part that this process holds.
 
@@ -75,6 +52,29 @@ def load_hf_weights(model: LanguageModel, folder: Path, *, on_bytes: OnBytes | N
             _require_tied(matched, second_head)
     files.close()
     return files.bytes_read
+
+
+def load_hf_model(
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    on_bytes: OnBytes | None = None,
+    fill: FillWeights = load_hf_weights,
+) -> LanguageModel:
+    """Build the model of an HF folder and fill every parameter, by default from its safetensors.
+
+    Raises:
+        ModelError: the config is not computed here, or a tensor is missing, surplus, or of another shape or type.
+        CheckpointError: a file is missing or damaged, or the index says something else than the files.
+    """
+    config = read_model_config(read_hf_config(folder))
+    with torch.device("meta"):
+        model = build_model(config)
+    model = model.to(dtype).to_empty(device=device)
+    model.tie_weights()
+    fill(model, folder, on_bytes=on_bytes)
+    return model
 
 
 def _require_tied(matched: Matched, embedding: Shared) -> None:

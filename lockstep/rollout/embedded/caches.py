@@ -6,6 +6,7 @@ heads, H head dim; of the delta rule: V value heads, J value head dim, C channel
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from math import prod
 
 import numpy as np
@@ -88,7 +89,7 @@ def bytes_of_states(config: ModelConfig, element_size: int, max_running: int) ->
     return num_slots * bytes_per_sequence(config, element_size)
 
 
-class PackedStates:
+class PackedStates(ABC):
     """The delta layers' half of a `TokenMixer` over packed tokens: from the states in the slots to those after them."""
 
     caches: Caches
@@ -110,9 +111,9 @@ class PackedStates:
         pool.index_copy_(0, self.state_slots, state)
         return out_TVJ
 
+    @abstractmethod
     def _earlier(self, pool: Tensor) -> Tensor | None:
         """States to go on from; None where all sequences are fresh."""
-        raise NotImplementedError
 
 
 class CachedDocuments(PackedStates):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lockstep.kernels.causal_conv import causal_conv_step
 from lockstep.kernels.decode_experts import MOST_TOKENS, decode_experts
-from lockstep.kernels.decode_linears import MOST_ROWS, linears, linears_at_once, swiglu_linear
+from lockstep.kernels.decode_linears import linears, swiglu_linear
 from lockstep.kernels.experts import grouped_experts
 from lockstep.kernels.gated_delta_rule import gated_delta_step
 from lockstep.kernels.paged_attention import norm_rotate_store, paged_decode, store_kv
@@ -221,8 +221,7 @@ def computing_few_rows(model: LanguageModel, count: int) -> Iterator[None]:
             replaced.append((module, "compute", decode_experts))
         elif isinstance(module, Attention) and _is_plain(module.q_proj):
             weights = [module.q_proj.weight, module.k_proj.weight, module.v_proj.weight]
-            project = linears if count <= MOST_ROWS else linears_at_once
-            replaced.append((module, "project", partial(project, weights=weights)))
+            replaced.append((module, "project", partial(linears, weights=weights)))
         elif isinstance(module, GatedMLP):
             gate, up = module.gate_proj.weight, module.up_proj.weight
             replaced.append((module, "activate", partial(swiglu_linear, gate_ID=gate, up_ID=up)))
