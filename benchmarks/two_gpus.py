@@ -8,8 +8,10 @@ is from one more step under the profiler: all of it, and what no computing kerne
 
 Weights are a set of the size and shapes of Qwen3-30B-A3B. They go from the first GPU to the second as `--rollout-engine
 sglang` sends them, by HTTP and NCCL, to a stand-in for a server that copies them into a model of its own; then by CUDA
-IPC to a process on the same GPU. The link's rate is that of a broadcast of 1 GiB. `--rehearse` does all of it with tiny
-models on CPUs over gloo, and measures nothing.
+IPC to a process on the same GPU. The link's rate is that of a broadcast of 1 GiB. Of every update there are also the
+seconds of the trainer's thread and of the stand-in's by what they do; GPUs work at the same time, so where these are a
+small part the GPUs set the pace. `--rehearse` does all of it with tiny models on CPUs over gloo, as many tensors in as
+many buckets, and measures only what Python takes.
 """
 
 from __future__ import annotations
@@ -22,13 +24,15 @@ import os
 import pickle
 import threading
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -48,7 +52,7 @@ from lockstep.trainer.batch import TrainSample
 from lockstep.trainer.local import LocalTrainer
 from lockstep.trainer.parallel import ParallelTrainer
 from lockstep.weight_sync import BroadcastTransport, TensorTransport, Transport, WeightSource
-from lockstep.weight_sync.source import BucketPlan
+from lockstep.weight_sync.source import Bucket, BucketPlan, Posts
 
 DOCUMENT, TOKENS_PER_GPU, STEP = 4096, 16384, 65536
 COMMON: dict[str, Any] = {"vocab_size": 151936, "head_dim": 128, "rope_theta": 1e6, "num_attention_heads": 32}
@@ -72,8 +76,10 @@ LAYOUTS: dict[str, list[dict[str, int]]] = {
 }  # fmt: skip
 """With so few layers the vocabulary is half of the work: a last stage has fewer of them."""
 FULL_DEPTH = 48
-BUCKETS_MIB = [512, 2048, 4096]
-TIMED_STEPS, TIMED_UPDATES = 2, 3
+BUCKETS_MIB = [512, 1024, 2048, 4096]
+REHEARSED_SHARE = 1600
+"""A rehearsal's weights are so much smaller, and its buckets too."""
+TIMED_STEPS, TIMED_COPIES, TIMED_UPDATES = 2, 3, 5
 
 
 def main() -> None:
@@ -109,9 +115,13 @@ class Bench:
         shape = GEOMETRIES[name] | ({"num_hidden_layers": layers} if layers else {})
         if self.rehearses:
             tiny = {"vocab_size": 128, "hidden_size": 64, "head_dim": 8}
-            tiny |= {"intermediate_size": 64, "moe_intermediate_size": 16, "num_experts": 16} if "a3b" in name else {}
-            shape |= tiny | {"num_hidden_layers": min(shape["num_hidden_layers"], 8)}
+            if "a3b" in name:
+                tiny |= {"intermediate_size": 64, "moe_intermediate_size": 16, "num_experts": 128 if layers else 16}
+            shape |= tiny | {"num_hidden_layers": layers or min(shape["num_hidden_layers"], 8)}
         return read_model_config(shape)
+
+    def bucket_bytes(self, mib: int) -> int:
+        return mib * 2**20 // (REHEARSED_SHARE if self.rehearses else 1)
 
     def empty_model(self, config: ModelConfig, device: torch.device) -> LanguageModel:
         with torch.device("meta"):
@@ -135,6 +145,16 @@ class Bench:
         work()
         self.synchronize()
         return time.perf_counter() - started
+
+    def reset_peak_bytes(self) -> int:
+        """Bytes in use now; `peak_bytes` is of the time since."""
+        if self.rehearses:
+            return 0
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+
+    def peak_bytes(self) -> int:
+        return 0 if self.rehearses else torch.cuda.max_memory_allocated()
 
     def free(self) -> None:
         gc.collect()
@@ -303,32 +323,29 @@ def measure_weights(bench: Bench) -> None:
         rate = num_bytes / median(seconds)
         return {"seconds": seconds, "gb_per_s": rate / 1e9, "of_link": rate / link}
 
-    naive = [bench.seconds(lambda: broadcast_one_by_one(group, model)) for _ in range(TIMED_UPDATES)]
+    naive = [bench.seconds(lambda: broadcast_one_by_one(group, model)) for _ in range(TIMED_COPIES)]
     bench.note("weights, tensor by tensor, no requests", rates(naive[1:]))
     for mib in BUCKETS_MIB:
-        plan = BucketPlan(mib * 2**20)
-        flat = [
-            bench.seconds(lambda plan=plan: broadcast_flat(bench, group, model, plan)) for _ in range(TIMED_UPDATES)
-        ]
+        plan = BucketPlan(bench.bucket_bytes(mib))
+        flat = [bench.seconds(lambda plan=plan: broadcast_flat(bench, group, model, plan)) for _ in range(TIMED_COPIES)]
         bench.note(f"weights, buckets of {mib} MiB, no requests", rates(flat[1:]))
     server = StandIn(model, bench.device) if bench.rank == 1 else None
     url = bench.meet(server.url if server else None)[1]
     for mib in BUCKETS_MIB:
         broadcast = BroadcastTransport(
-            backend="gloo" if bench.rehearses else "nccl", bucket_bytes=mib * 2**20, tp_size=1, host="127.0.0.1",
-            timeout_s=60.0,
+            backend="gloo" if bench.rehearses else "nccl", bucket_bytes=bench.bucket_bytes(mib), tp_size=1,
+            host="127.0.0.1", timeout_s=60.0,
         )  # fmt: skip
-        updates = send_updates(bench, broadcast, url, model)
-        bench.note(f"weights, buckets of {mib} MiB, a whole update", rates(updates[1:]) | {"first_s": updates[0]})
+        first_s, *seconds, split = send_updates(bench, broadcast, server, url, model)
+        bench.note(f"weights, buckets of {mib} MiB, a whole update", rates(seconds) | {"first_s": first_s} | split)
     per_tensor = BroadcastTransport(
         backend="gloo" if bench.rehearses else "nccl", bucket_bytes=1, tp_size=1, host="127.0.0.1", timeout_s=60.0
     )
     one_layer = bench.config("30b-a3b", 1)
     small = filled(bench.empty_model(one_layer, bench.device)) if bench.rank == 0 else model
-    seconds = send_updates(bench, per_tensor, url, small, checks=False)
-    bench.note(
-        "weights, a request for every tensor", {"ms_per_tensor": 1e3 * median(seconds[1:]) / len(hf_views(small))}
-    )
+    _, *seconds, split = send_updates(bench, per_tensor, server, url, small, checks=False)
+    ms_per_tensor = 1e3 * median(seconds) / len(hf_views(small))
+    bench.note("weights, a request for every tensor", {"ms_per_tensor": ms_per_tensor} | split)
     if server:
         server.close()
         model = None
@@ -348,9 +365,9 @@ def measure_ipc(bench: Bench, config: ModelConfig, model: LanguageModel, rates: 
         server = StandIn(model, first)
     url = bench.meet(server.url if server else None)[1]
     for mib in BUCKETS_MIB:
-        shared = TensorTransport(bucket_bytes=mib * 2**20, tp_size=1, timeout_s=60.0)
-        updates = send_updates(bench, shared, url, model)
-        bench.note(f"weights by IPC, buckets of {mib} MiB", rates(updates[1:]) | {"first_s": updates[0]})
+        shared = TensorTransport(bucket_bytes=bench.bucket_bytes(mib), tp_size=1, timeout_s=60.0)
+        first_s, *seconds, split = send_updates(bench, shared, server, url, model)
+        bench.note(f"weights by IPC, buckets of {mib} MiB", rates(seconds) | {"first_s": first_s} | split)
     if server:
         server.close()
         if not bench.rehearses:
@@ -393,41 +410,94 @@ def broadcast_flat(bench: Bench, group: Any, model: LanguageModel, plan: BucketP
 
 
 def send_updates(
-    bench: Bench, transport: Transport, url: str, model: LanguageModel, *, checks: bool = True
-) -> list[float]:
-    """Seconds of updates as the trainer sees them; the first one makes connections and plans. With a digest at the end:
-    the stand-in's weights are the trainer's."""
+    bench: Bench, transport: Transport, server: StandIn | None, url: str, model: LanguageModel, *, checks: bool = True
+) -> list[Any]:
+    """Seconds of updates as the trainer sees them; the first one makes connections and plans. At the end what they went
+    to, on both sides. With a digest: the stand-in's weights are the trainer's."""
     if checks and bench.rank == 1:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.zero_()
     source = WeightSource(export=lambda folder: None, model=lambda: nullcontext(model))
     seconds = []
-    for number in range(1 + TIMED_UPDATES):
-        bench.meet()
-        if bench.rank == 0:
-            started = time.perf_counter()
-            transport.send([ServerApi(url)], source, str(number))
-            bench.synchronize()
-            seconds.append(time.perf_counter() - started)
+    clock = Clock() if server is None else server.clock
+    before = bench.reset_peak_bytes()
+    with clock.around_updates():
+        for number in range(1 + TIMED_UPDATES):
+            bench.meet()
+            if number == 1:
+                clock.seconds.clear()
+                bench.meet()
+            if bench.rank == 0:
+                started = time.perf_counter()
+                transport.send([ServerApi(url)], source, str(number))
+                with clock.adding("synchronizing"):
+                    bench.synchronize()
+                seconds.append(time.perf_counter() - started)
     bench.meet()
     if bench.rank == 0:
         transport.close([ServerApi(url)])
+    extra_gib = (bench.peak_bytes() - before) / 2**30
+    trainer_s, server_s = bench.meet({name: total / TIMED_UPDATES for name, total in clock.seconds.items()})
     if checks:
         ours, theirs = bench.meet(
             [int(p.detach().view(torch.int16).sum(dtype=torch.int64)) for p in model.parameters()]
         )
         assert ours == theirs, "the weights did not arrive"
         assert any(ours), "there was nothing to send"
-    return bench.meet(seconds)[0]
+    seconds, extra_gib = bench.meet((seconds, extra_gib))[0]
+    trainer_s["broadcasting and the rest"] = sum(seconds[1:]) / TIMED_UPDATES - sum(trainer_s.values())
+    return [*seconds, {"trainer_s": trainer_s, "server_s": server_s, "extra_gib": extra_gib}]
+
+
+class Clock:
+    """Seconds by what they went to."""
+
+    def __init__(self) -> None:
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def adding(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - started
+
+    @contextmanager
+    def around_updates(self) -> Iterator[None]:
+        """Where the thread is that sends an update."""
+        flattened, call = Bucket.flattened, Posts.__call__
+
+        def timed_flattened(bucket: Bucket) -> Tensor:
+            with self.adding("gathering"):
+                return flattened(bucket)
+
+        def timed_call(post: Posts, path: str, bodies: Sequence[dict[str, Any] | bytes]) -> Callable[[], None]:
+            with self.adding("posting"):
+                finish = call(post, path, bodies)
+
+            def timed_finish() -> None:
+                with self.adding("waiting for answers"):
+                    finish()
+
+            return timed_finish
+
+        with patch.object(Bucket, "flattened", timed_flattened), patch.object(Posts, "__call__", timed_call):
+            yield
 
 
 class StandIn:
-    """Takes weights as SGLang's server does, and copies them into a model. It answers when they are there."""
+    """Takes weights as SGLang's server does, and copies them into a model.
+
+    As SGLang does, it answers when its GPU has been told what to do. Only the answer to the last bucket comes when all
+    weights are there, so that an update is not over before.
+    """
 
     def __init__(self, model: LanguageModel, device: torch.device) -> None:
+        gc.collect()
+        gc.freeze()  # to look through all that torch is made of takes longer than an update
         self.views, self.device = hf_views(model), device
         self.group: Any = None
+        self.clock = Clock()
         self._known: dict[tuple[str, int], list[Tensor]] = {}
         server = self
 
@@ -438,7 +508,8 @@ class StandIn:
             def log_message(self, *words: Any) -> None: ...
 
             def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                with server.clock.adding("reading"):
+                    body = json.loads(self.rfile.read(int(self.headers["content-length"])))
                 if server.device.type == "cuda":
                     torch.cuda.set_device(server.device)
                 getattr(server, self.path.strip("/"))(body)
@@ -455,6 +526,7 @@ class StandIn:
     def close(self) -> None:
         self._http.shutdown()
         self._http.server_close()
+        gc.unfreeze()
         self.views = {}
         self._known = {}
 
@@ -468,15 +540,20 @@ class StandIn:
         self.group = None
 
     def update_weights_from_distributed(self, body: dict[str, Any]) -> None:
-        targets = self._targets(body["names"])
-        flat = torch.empty(sum(map(len, targets)), dtype=torch.uint8, device=self.device)
-        self.group.broadcast(flat, 0).wait()
-        self._load(targets, flat)
+        with self.clock.adding("receiving"):
+            targets = self._targets(body["names"])
+            flat = torch.empty(sum(map(len, targets)), dtype=torch.uint8, device=self.device)
+            self.group.broadcast(flat, 0).wait()
+        self._place(targets, flat)
+        if "weight_version" in body:
+            self._synchronize()
 
     def update_weights_from_tensor(self, body: dict[str, Any]) -> None:
         (text,) = body["serialized_named_tensors"]
-        sent = pickle.loads(base64.b64decode(text))
-        self._load(self._targets([part.name for part in sent["metadata"]]), sent["flattened_tensor"])
+        with self.clock.adding("opening"):
+            sent = pickle.loads(base64.b64decode(text))
+        self._place(self._targets([part.name for part in sent["metadata"]]), sent["flattened_tensor"])
+        self._synchronize()  # torch does it when a server drops memory of another process
 
     def _targets(self, names: list[str]) -> list[Tensor]:
         """The bytes that a bucket goes to. Looked up once: how long a server takes to place weights is its own."""
@@ -485,10 +562,14 @@ class StandIn:
             self._known[key] = [self.views[name].view(-1).view(torch.uint8) for name in names]
         return self._known[key]
 
-    def _load(self, targets: list[Tensor], flat: Tensor) -> None:
-        torch._foreach_copy_(targets, list(flat.split([len(target) for target in targets])))
+    def _place(self, targets: list[Tensor], flat: Tensor) -> None:
+        with self.clock.adding("placing"):
+            torch._foreach_copy_(targets, list(flat.split([len(target) for target in targets])))
+
+    def _synchronize(self) -> None:
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+            with self.clock.adding("synchronizing"):
+                torch.cuda.synchronize(self.device)
 
 
 if __name__ == "__main__":

@@ -142,7 +142,7 @@ class Rank(SamplingProcess):
 
     def open_engine(self, num_tokens: int, max_context_len: int) -> None:
         with self.trainer.rollout_weights() as model:
-            peers = Peers(model, self.device) if model.config.num_sparse_layers else None
+            peers = Peers(model) if model.config.num_sparse_layers else None
             engine = embedded_engine(self.config, model, num_tokens, max_context_len, peers)
         self._requests = RequestServer(engine, self.place, peers)
 

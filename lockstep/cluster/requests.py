@@ -83,7 +83,7 @@ class RequestServer:
     def _goes_on(self, *, has_news: bool) -> bool:
         """Whether to sample another step, which ranks that decode together answer alike."""
         wish = _STOP if has_news or self._place.is_poked.is_set() else int(self.engine.has_work)
-        return (wish if self._peers is None else self._peers.most(wish)) == _STEP
+        return (wish if self._peers is None else self._peers.most(wish)[0]) == _STEP
 
 
 class SamplingProcess:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import random
 import sys
-from collections.abc import Callable
-from contextlib import AsyncExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -242,10 +242,13 @@ def _join_ray(config: Config) -> RayCluster:
         random.setstate(before)  # Ray draws from the generator that hooks draw from
 
 
-def _meeting_place(config: Config, machines: Machines) -> Any:
-    """A store in this process, where those of a process group find each other."""
+@contextmanager
+def _meeting_place(config: Config, machines: Machines) -> Iterator[tuple[str, int]]:
+    """The address of a store in this process, where those of a process group find each other, also for groups that
+    they make later: NCCL asks it when two ranks meet for the first time, and its watch every second."""
     timeout = timedelta(minutes=config.cluster.distributed_timeout_minutes)
-    return _dist.TCPStore(machines.address, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+    store = _dist.TCPStore(machines.address, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+    yield machines.address, store.port
 
 
 class _Here:
@@ -333,8 +336,8 @@ class _Ranks(_InProcesses):
             elif rank == 0 and kind in listeners:
                 listeners[kind](*value)
 
-        self._store = _meeting_place(config, machines)
-        plan = RankPlan(config, machines.device_type, num_steps, (machines.address, self._store.port))
+        rendezvous = stack.enter_context(_meeting_place(config, machines))
+        plan = RankPlan(config, machines.device_type, num_steps, rendezvous)
         self._group = WorkerGroup(
             layout.world_size,
             Rank,
@@ -374,8 +377,7 @@ class _WithReplicas(_InProcesses):
         stack.callback(self._group.close)
         print(f"{len(self._group)} processes on {machines.device_type} that sample", file=sys.stderr, flush=True)
         self._group.wait_for_start()
-        self._store = _meeting_place(config, machines)
-        address = machines.address, self._store.port
+        address = stack.enter_context(_meeting_place(config, machines))
         joining = self._group.begin("open_copies", address)
         workers.open_copies(address, len(self._group))
         self._group.finish(joining)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lockstep.kernels.address_range import tensors_in_range
 from lockstep.models import LanguageModel, build_model
 from lockstep.models.layers.moe import Experts
 from lockstep.parallel.decode import VisitExperts
@@ -22,7 +23,8 @@ from lockstep.parallel.decode import VisitExperts
 class WholeModel:
     """A model of one device whose dense weights have memory only while they are gathered.
 
-    The model and its parameters stay the same objects, so that whoever decodes on it may keep it.
+    The model and its parameters stay the same objects, so that whoever decodes on it may keep it; on a GPU they keep
+    their addresses too, and graphs that were captured with them go on.
 
     Args:
         sharded: a model whose every parameter is a DTensor, on ranks that hold all layers between them. Its experts are
@@ -34,18 +36,19 @@ class WholeModel:
         dtype = next(iter(self._stored.values())).dtype
         with torch.device("meta"):
             self.model = build_model(sharded.config).to(dtype)
-        self._dense: dict[str, nn.Parameter] = {}
         for prefix, module in self.model.named_modules():
-            for name, parameter in list(module.named_parameters(recurse=False)):
-                full_name = f"{prefix}.{name}"
-                if isinstance(module, Experts):
-                    module.register_parameter(name, _fixed(self._local(full_name)))
-                elif full_name in self._stored:
-                    self._dense[full_name] = _fixed(torch.empty(parameter.shape, dtype=dtype, device=device))
-                    module.register_parameter(name, self._dense[full_name])
             if isinstance(module, Experts):
+                for name, _ in list(module.named_parameters()):
+                    module.register_parameter(name, _fixed(self._local(f"{prefix}.{name}")))
                 first = _first_expert(self._stored[f"{prefix}.gate_up_proj"])
                 module.compute = VisitExperts(dist.group.WORLD, first)
+        dense = [(name, p) for name, p in self.model.named_parameters() if p.is_meta and name in self._stored]
+        self._memory, tensors = tensors_in_range([(p.shape, dtype) for _, p in dense], device)
+        self._num_bytes = self._memory.data.nbytes
+        self._dense = {name: _fixed(tensor) for (name, _), tensor in zip(dense, tensors, strict=True)}
+        for name, parameter in self._dense.items():
+            prefix, _, own_name = name.rpartition(".")
+            self.model.get_submodule(prefix).register_parameter(own_name, parameter)
         self.model.tie_weights()
         self._drop()
 
@@ -54,8 +57,8 @@ class WholeModel:
         """Called by all ranks; one parameter at a time crosses between them."""
         try:
             with torch.no_grad():
+                self._hold()
                 for name, parameter in self._dense.items():
-                    parameter.untyped_storage().resize_(parameter.numel() * parameter.element_size())
                     parameter.copy_(whole(self._stored[name]))
             self._require_one_copy()
             yield self.model
@@ -76,9 +79,17 @@ class WholeModel:
                     assert parameter.data_ptr() == ours.data_ptr(), f"{prefix}.{name} has moved"
                     assert parameter.shape == ours.shape, f"{prefix}.{name} was divided otherwise"
 
+    def _hold(self) -> None:
+        if self._memory.can_release:
+            self._memory.hold()
+        else:
+            self._memory.data.untyped_storage().resize_(self._num_bytes)
+
     def _drop(self) -> None:
-        for parameter in self._dense.values():
-            parameter.untyped_storage().resize_(0)
+        if self._memory.can_release:
+            self._memory.release()
+        else:
+            self._memory.data.untyped_storage().resize_(0)
 
 
 def _fixed(tensor: Tensor) -> nn.Parameter:

@@ -10,9 +10,9 @@ from typing import Protocol
 import psutil
 import torch
 
+from lockstep.kernels.address_range import HELD
 from lockstep.plan.hardware import GIB
 from lockstep.plan.predict import Prediction
-from lockstep.rollout.embedded.address_range import HELD
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _PARTS = {"load": ("load",), "rollout": ("rollout",), "log_probs": ("log-probs",), "train": ("backward", "optimizer")}

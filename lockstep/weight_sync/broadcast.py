@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import uuid
 from collections import deque
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from lockstep.errors import RolloutError
 from lockstep.rollout.sglang.api import ServerApi
-from lockstep.weight_sync.source import Bucket, BucketPlan, WeightSource, post_to_all, with_version
+from lockstep.weight_sync.source import Bucket, BucketPlan, Posts, WeightSource, with_version
 
 _dist: Any = dist
 _c10d: Any = c10d
@@ -25,6 +26,10 @@ _c10d: Any = c10d
 
 class BroadcastTransport:
     """One flat bucket after the other, to all servers at once. The group is made at the first update.
+
+    A request goes out when the one before is answered. SGLang answers when its GPU has been told what to do, so that on
+    GPUs requests travel while numbers do. Two requests under way could overtake each other: that a broadcast is over
+    does not say that servers have begun with it, as NCCL takes a small bucket into buffers of its own.
 
     Args:
         backend: "nccl" or "gloo", whichever the weights' device has.
@@ -53,25 +58,20 @@ class BroadcastTransport:
             flats = (bucket.flattened() for bucket in buckets)
             try:
                 if self._plan.rank == 0:
-                    self._send(servers, buckets, flats, version)
+                    with Posts(servers, self.timeout_s) as post:
+                        self._meet(servers, post)
+                        self._send(post, len(servers), buckets, flats, version)
             finally:
                 deque(flats, maxlen=0)  # ranks gather together to the end, whatever became of the servers
 
     def _send(
-        self, servers: Sequence[ServerApi], buckets: Sequence[Bucket], flats: Iterator[Tensor], version: str
+        self, post: Posts, num_servers: int, buckets: Sequence[Bucket], flats: Iterator[Tensor], version: str
     ) -> None:
-        self._meet(servers)
+        common = {"group_name": self._name, "load_format": "flattened_bucket", "flush_cache": False}
         flat = next(flats)
         for bucket, last in with_version(buckets, version):
-            body = {
-                "names": bucket.names,
-                "dtypes": [str(dtype).removeprefix("torch.") for dtype in bucket.dtypes],
-                "shapes": [list(shape) for shape in bucket.shapes],
-                "group_name": self._name,
-                "load_format": "flattened_bucket",
-                "flush_cache": False,
-            } | last
-            finish = post_to_all(servers, "/update_weights_from_distributed", [body] * len(servers), self.timeout_s)
+            body = bucket.listing[:-1] + b", " + json.dumps(common | last).encode()[1:]
+            finish = post("/update_weights_from_distributed", [body] * num_servers)
             with self._failing_by_name():
                 work = self._group.broadcast(flat, 0)
                 following = next(flats, flat)  # while this one travels, the next is gathered
@@ -92,7 +92,7 @@ class BroadcastTransport:
                 server.post("/destroy_weights_update_group", {"group_name": self._name}, timeout_s=10.0)
         self.forget()
 
-    def _meet(self, servers: Sequence[ServerApi]) -> None:
+    def _meet(self, servers: Sequence[ServerApi], post: Posts) -> None:
         urls = [server.url for server in servers]
         if self._group is not None and urls == self._members:
             return
@@ -113,7 +113,7 @@ class BroadcastTransport:
             }
             for number in range(len(servers))
         ]
-        finish = post_to_all(servers, "/init_weights_update_group", bodies, self.timeout_s)
+        finish = post("/init_weights_update_group", bodies)
         # Servers join by the same call of torch's: names of keys in the store are its own.
         self._group, _ = _c10d._new_process_group_helper(
             world_size,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
@@ -74,6 +77,21 @@ class Bucket:
         and all get it."""
         parts = [self.read(p).view(-1)[first:end].view(torch.uint8) for p, first, end in self.stretches]
         return torch.cat(parts)
+
+    @cached_property
+    def listing(self) -> bytes:
+        """What is in it, as SGLang reads it from JSON. Written once, as it is the same in every update."""
+        dtypes = [str(dtype).removeprefix("torch.") for dtype in self.dtypes]
+        return json.dumps({"names": self.names, "dtypes": dtypes, "shapes": self.shapes}).encode()
+
+    @cached_property
+    def places(self) -> list[SimpleNamespace]:
+        """What lies where in it, as SGLang reads it from a pickle."""
+        parts = zip(self.names, self.shapes, self.dtypes, [0, *self.ends], self.ends, strict=False)
+        return [
+            SimpleNamespace(name=name, shape=shape, dtype=dtype, start_idx=begin, end_idx=end, numel=end - begin)
+            for name, shape, dtype, begin, end in parts
+        ]
 
 
 class BucketPlan:
@@ -178,18 +196,38 @@ def with_version(buckets: Sequence[Bucket], version: str) -> Iterator[tuple[Buck
     yield buckets[-1], {"weight_version": version}
 
 
+class Posts:
+    """Posts to all servers at the same time, from threads that last from one post to the next."""
+
+    def __init__(self, servers: Sequence[ServerApi], timeout_s: float) -> None:
+        self._servers = servers
+        self._timeout_s = timeout_s
+        self._pool = ThreadPoolExecutor(len(servers))
+
+    def __enter__(self) -> Posts:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._pool.shutdown(wait=kind is None)  # what failed may leave a server without an answer
+
+    def __call__(self, path: str, bodies: Sequence[dict[str, Any] | bytes]) -> Callable[[], None]:
+        """The result waits for all answers, and raises the first error."""
+        posts = [
+            self._pool.submit(server.post, path, body, timeout_s=self._timeout_s)
+            for server, body in zip(self._servers, bodies, strict=True)
+        ]
+
+        def finish() -> None:
+            wait(posts)
+            for post in posts:
+                post.result()
+
+        return finish
+
+
 def post_to_all(
     servers: Sequence[ServerApi], path: str, bodies: Sequence[dict[str, Any]], timeout_s: float
 ) -> Callable[[], None]:
-    """Post to all servers at the same time; the answer waits for theirs, and raises the first error."""
-    pool = ThreadPoolExecutor(len(servers))
-    posts = [
-        pool.submit(server.post, path, body, timeout_s=timeout_s) for server, body in zip(servers, bodies, strict=True)
-    ]
-
-    def finish() -> None:
-        pool.shutdown(wait=True)
-        for post in posts:
-            post.result()
-
-    return finish
+    """A single post to all servers, which have answered by then; the result raises the first error."""
+    with Posts(servers, timeout_s) as post:
+        return post(path, bodies)

@@ -7,7 +7,6 @@ import io
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.reduction import ForkingPickler
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,13 +16,7 @@ from torch.multiprocessing import reductions
 
 from lockstep.errors import RolloutError
 from lockstep.rollout.sglang.api import ServerApi
-from lockstep.weight_sync.source import (
-    Bucket,
-    BucketPlan,
-    WeightSource,
-    post_to_all,
-    with_version,
-)
+from lockstep.weight_sync.source import Bucket, BucketPlan, Posts, WeightSource, with_version
 
 _DEVICE = 6
 """Where torch's recipe for a tensor of another process names the device."""
@@ -46,40 +39,49 @@ class TensorTransport:
         assert source.model is not None, "the weights are in this process"
         failure: RolloutError | None = None
         finish: Callable[[], None] | None = None
-        with source.model() as model:
+        with Posts(servers, self.timeout_s) as post, source.model() as model:
             for bucket, last in with_version(self._plan.of(model), version):
                 flat = bucket.flattened()  # while servers load the one before
-                failure = failure or _failure_of(finish)
-                handles = self._handles(servers, bucket, flat)
-                finish, held = None, flat  # no server reads the one before any more: its memory is free
-                if self._plan.rank == 0 and failure is None:
+                own = self._own_handles(servers, bucket, flat)
+                failure = _failure_of(finish)
+                has_failed, handles = self._together(failure is not None, own)
+                held = flat  # no server reads the one before any more: its memory is free
+                if has_failed:
+                    break
+                if self._plan.rank == 0:
                     common = {"load_format": "flattened_bucket", "flush_cache": False} | last
-                    bodies = [common | {"serialized_named_tensors": handles[server.url]} for server in servers]
-                    finish = post_to_all(servers, "/update_weights_from_tensor", bodies, self.timeout_s)
-        failure = failure or _failure_of(finish)
+                    named = ([handles[place] for place in self._places(server)] for server in servers)
+                    bodies = [common | {"serialized_named_tensors": tensors} for tensors in named]
+                    finish = post("/update_weights_from_tensor", bodies)
+            failure = failure or _failure_of(finish)
         if self._plan.num_ranks > 1:
             dist.barrier()
         del held
         if failure is not None:
             raise failure
 
-    def _handles(self, servers: Sequence[ServerApi], bucket: Bucket, flat: Tensor) -> dict[str, list[str]]:
-        """By server, one for each of its ranks, as a handle counts whoever opens it.
+    def _own_handles(self, servers: Sequence[ServerApi], bucket: Bucket, flat: Tensor) -> dict[int, str]:
+        """Those of this rank, one for each rank of a server that is to open it, as a handle counts who does.
 
         Servers that share training's GPUs get memory of the rank that has the same GPU.
         """
-        places = {
-            server.url: range(server.number * self.tp_size, (server.number + 1) * self.tp_size) for server in servers
-        }
         rank, size = self._plan.rank, self._plan.num_ranks
         pickler = _GpuPickler if flat.is_cuda and size > 1 else ForkingPickler
-        here = (place for part in places.values() for place in part if place % size == rank)
-        own = {place: _serialized(bucket, flat, pickler) for place in here}
-        everybodys: list[dict[int, str]] = [own]
-        if size > 1:
-            everybodys = [{}] * size
-            dist.all_gather_object(everybodys, own)
-        return {url: [everybodys[place % size][place] for place in part] for url, part in places.items()}
+        here = (place for server in servers for place in self._places(server) if place % size == rank)
+        return {place: _serialized(bucket, flat, pickler) for place in here}
+
+    def _together(self, has_failed: bool, own: dict[int, str]) -> tuple[bool, dict[int, str]]:
+        """What rank 0 knows of the bucket before, and the handles of all ranks of ours. A handle that no server opens
+        keeps its memory for good, so ranks that hear of a failure make no more of them."""
+        said = [(has_failed, own)]
+        if self._plan.num_ranks > 1:
+            said *= self._plan.num_ranks
+            dist.all_gather_object(said, (has_failed, own))
+        return said[0][0], {place: handle for _, handles in said for place, handle in handles.items()}
+
+    def _places(self, server: ServerApi) -> range:
+        """Its ranks among those of all servers."""
+        return range(server.number * self.tp_size, (server.number + 1) * self.tp_size)
 
     def forget(self) -> None:
         """Nothing ties the servers together."""
@@ -90,14 +92,9 @@ class TensorTransport:
 
 def _serialized(bucket: Bucket, flat: Tensor, pickler: type[ForkingPickler]) -> str:
     """A handle of `flat`, and where each tensor lies in it, as SGLang unpickles it."""
-    parts = zip(bucket.names, bucket.shapes, bucket.dtypes, [0, *bucket.ends], bucket.ends, strict=False)
-    metadata = [
-        SimpleNamespace(name=name, shape=shape, dtype=dtype, start_idx=begin, end_idx=end, numel=end - begin)
-        for name, shape, dtype, begin, end in parts
-    ]
     buffer = io.BytesIO()
     with _files_share_memory():
-        pickler(buffer).dump({"flattened_tensor": flat, "metadata": metadata})
+        pickler(buffer).dump({"flattened_tensor": flat, "metadata": bucket.places})
     return base64.b64encode(buffer.getvalue()).decode()
 
 
@@ -113,7 +110,7 @@ class _GpuPickler(ForkingPickler):
 
 
 def _failure_of(finish: Callable[[], None] | None) -> RolloutError | None:
-    """Wait for what is under way. Ranks gather together to the end, so an error is raised only after that."""
+    """Wait for what is under way. Ranks gather together, so an error is raised when all of them have stopped."""
     try:
         if finish is not None:
             finish()

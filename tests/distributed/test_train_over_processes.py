@@ -110,9 +110,10 @@ def runs(workshop: Workshop, dense: Workshop, tmp_path_factory: pytest.TempPathF
     supervised = {"loss_type": "sft_loss", "num_rollout": 2, "custom_generate_function_path": None}
     supervised |= dict.fromkeys(("use_kl_loss", "kl_loss_coef", "ref_update_interval", "use_rollout_routing_replay"))
     sampled = {"num_rollout": 2, "use_rollout_routing_replay": None}
+    on_two = {"backward_order": "layer", "custom_generate_function_path": hook("two_turns_where_ranks_can_meet")} | EP
     with ThreadPoolExecutor(2) as pool:
         futures = {
-            "sampled": pool.submit(trained, workshop, root / "sampled", eval_interval=1, backward_order="layer", **EP),
+            "sampled": pool.submit(trained, workshop, root / "sampled", eval_interval=1, **on_two),
             "resumed": pool.submit(resumed, workshop, root / "resumed", one),
             "cp": pool.submit(trained, workshop, root / "cp", **CP, **stored(root)),
             "pp": pool.submit(trained, workshop, root / "pp", **PP, **stored(root)),

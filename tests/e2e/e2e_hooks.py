@@ -18,6 +18,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import psutil
 
 from lockstep.rollout import current_policy
 from lockstep.rollout.generate import generate_rollout
@@ -103,6 +104,13 @@ async def two_turns(args: Any, sample: Sample, sampling_params: dict[str, Any]) 
     sample.append_response_tokens(args, tokens=answer, trainable=False, text="=42?")
     await policy.extend(sample, sampling_params | {"max_new_tokens": 3})
     return sample
+
+
+async def two_turns_where_ranks_can_meet(args: Any, sample: Sample, sampling_params: dict[str, Any]) -> Sample:
+    """NCCL makes its connections when two ranks first need them, in the middle of a run; gloo, which CPUs have, at the
+    start. So that a run on CPUs notices too: the store at which they meet listens in this process."""
+    assert any(c.status == psutil.CONN_LISTEN for c in psutil.Process().net_connections()), "no store listens any more"
+    return await two_turns(args, sample, sampling_params)
 
 
 async def over_http(args: Any, sample: Sample, sampling_params: dict[str, Any]) -> Sample:

@@ -11,11 +11,11 @@ from serving import Request, answers, group_requests, make_engine, serve
 from tiny_models import tiny_dense, tiny_moe, tiny_next
 from torch import nn
 
+from lockstep.kernels.address_range import AddressRange
 from lockstep.kernels.route import route
 from lockstep.models import LanguageModel
 from lockstep.models.layers.moe import Experts
 from lockstep.rollout.embedded import EmbeddedEngine
-from lockstep.rollout.embedded.address_range import AddressRange
 from lockstep.rollout.embedded.ahead import AheadRunner
 from lockstep.rollout.embedded.block_manager import BlockManager
 from lockstep.rollout.embedded.choose import make_runner

@@ -21,10 +21,10 @@ from tiny_models import (
     twin_of,
 )
 
+from lockstep.kernels.address_range import HELD
 from lockstep.kernels.route import route, route_reference
 from lockstep.models import LanguageModel
 from lockstep.rollout.embedded import EmbeddedEngine
-from lockstep.rollout.embedded.address_range import HELD
 from lockstep.rollout.embedded.ahead import AheadRunner
 from lockstep.rollout.engine import Generation, SamplingParams
 from lockstep.trainer.batch import TrainSample

@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 import torch
 from e2e_runs import Workshop, assert_same_checkpoint, finish, make_workshop, read_metrics, run, start, write_model
+from peer_ranks import NUM_REQUESTS, Way
+from peer_ranks import run_rank as sample_with_a_peer
 from tiny_models import dense_config, hf_model
 from torch.multiprocessing import start_processes
 from two_gpu_ranks import SHAPES, run_rank
@@ -176,3 +178,20 @@ def test_a_killed_run_on_two_gpus_goes_on_bit_for_bit(workshop: Workshop, tmp_pa
     assert resumed == whole
     last = "checkpoints/rollout_0000002"
     assert_same_checkpoint(tmp_path / "killed" / last, tmp_path / "whole" / last)
+
+
+def test_ranks_that_share_experts_replay_graphs_of_what_they_compute_without(tmp_path: Path) -> None:
+    """The same kernels on the same numbers: equal bit for bit, though one rank has other requests and at last none.
+    Weights that are gathered again lie where they lay, so graphs stay."""
+    sizes = (1, 3, 8, 12)
+    ways = [Way("ahead", sizes), Way("ahead", sizes, captures=True)]
+    start_processes(sample_with_a_peer, args=(tmp_path, "cuda", ways), nprocs=2, start_method="spawn")
+    reports = [torch.load(tmp_path / f"rank_{rank}.pt", weights_only=False) for rank in range(2)]
+    assert all(isinstance(report, dict) for report in reports), "\n".join(map(str, reports))
+    for report, count in zip(reports, NUM_REQUESTS, strict=True):
+        wanted, got = report["sampled"]
+        assert len(wanted) == count
+        assert [g.token_ids for g in got] == [g.token_ids for g in wanted]
+        assert [g.log_probs for g in got] == [g.log_probs for g in wanted]
+        assert report["gathered"]["equal"] == [True, True]
+        assert report["gathered"]["addresses"][0] == report["gathered"]["addresses"][1]

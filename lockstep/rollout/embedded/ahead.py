@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lockstep.models import LanguageModel
 from lockstep.models.layers.moe import RecordRoutes
+from lockstep.parallel.decode import Peers
 from lockstep.rollout.embedded.block_manager import num_snapshots
 from lockstep.rollout.embedded.decode import DecodeStep, DecodeSteps, default_sizes
 from lockstep.rollout.embedded.decode_state import DecodeState
@@ -44,7 +45,8 @@ class _Pass:
 
 
 class AheadRunner(ModelRunner):
-    """As `ModelRunner`, for one rank; on a GPU decoding is a replay of graphs.
+    """As `ModelRunner`; on a GPU decoding is a replay of graphs. Peers replay those of one size at the same time, each
+    with as many rows as the busiest needs.
 
     Args:
         graph_sizes: batch sizes to capture, larger batches run without a graph; by default `default_sizes`. None
@@ -54,7 +56,7 @@ class AheadRunner(ModelRunner):
     num_spare_slots = 1  # for rows that are no sequence
     routes_device = "cpu"
     decode_step = DecodeStep
-    prefill = PackedSequences
+    packing = PackedSequences
 
     def __init__(
         self,
@@ -63,9 +65,10 @@ class AheadRunner(ModelRunner):
         num_blocks: int,
         block_size: int,
         max_running: int,
+        peers: Peers | None = None,
         graph_sizes: Sizes[int] | None = (),
     ) -> None:
-        super().__init__(model, num_blocks=num_blocks, block_size=block_size, max_running=max_running)
+        super().__init__(model, num_blocks=num_blocks, block_size=block_size, max_running=max_running, peers=peers)
         spare_slot = max_running + num_snapshots(max_running)
         self.state = DecodeState(max_running, self.device, block_size=block_size, spare_slot=spare_slot)
         sizes = [] if graph_sizes is None else list(graph_sizes) or default_sizes(max_running)
@@ -85,10 +88,11 @@ class AheadRunner(ModelRunner):
         assert not any(s.num_pending_tokens for s in others), "a prompt's tokens are known"
         earlier, self._started = self._started, []
         self._begin_from_kept_states(sequences)
-        if decoding:
-            self._start_decode(decoding)
-        if others:
-            self._start_prefill(others)
+        num_rows, num_tokens = self._agree(decoding, others)
+        if num_rows:
+            self._start_decode(decoding, num_rows)
+        if num_tokens:
+            self._start_prefill(others, num_tokens)
         self._keep_states(sequences)
         return [sequence for started in earlier for sequence in self._read(started)]
 
@@ -96,11 +100,18 @@ class AheadRunner(ModelRunner):
         self._started.clear()
         self._may_have_moved = True
 
-    def _start_decode(self, sequences: list[Sequence]) -> None:
-        if self._may_have_moved:
-            self.steps.forget_if_moved()
-            self._may_have_moved = False
-        step = self.steps.for_rows(len(sequences))
+    def _agree(self, decoding: list[Sequence], others: list[Sequence]) -> tuple[int, int]:
+        """Rows to decode and prompts' tokens to compute, of this rank or the most that any of its peers has."""
+        must_forget = int(self._may_have_moved and self.steps.have_moved())
+        counts = [len(decoding), sum(s.num_scheduled_tokens for s in others), must_forget]
+        num_rows, num_tokens, must_forget = counts if self.peers is None else self.peers.most(*counts)
+        if must_forget:
+            self.steps.forget()
+        self._may_have_moved = False
+        return num_rows, num_tokens
+
+    def _start_decode(self, sequences: list[Sequence], num_rows: int) -> None:
+        step = self.steps.for_rows(num_rows)
         rows, places, blocks = self.state.rows_with_new_blocks(sequences)
         padding = [self.state.spare] * (len(step.rows_B) - len(rows))
         rows_B, places_N, blocks_N = self.state.send(rows + padding, places, blocks)
@@ -108,6 +119,8 @@ class AheadRunner(ModelRunner):
         if places:
             self.state.add_blocks(places_N, blocks_N)
         step.compute()
+        if not sequences:
+            return  # all rows were there for the peers
         if any(s.params.cuts_tail or is_too_short(s) for s in sequences):
             count = len(sequences)
             sampled = self._sample(sequences, step.logits_BV[:count], step.uniforms()[:count])
@@ -122,8 +135,18 @@ class AheadRunner(ModelRunner):
         ]
         self._note(sequences, sequences, sampled, np.array(slots), step.routes_BLS)
 
-    def _start_prefill(self, sequences: list[Sequence]) -> None:
-        packed = self.prefill(sequences, self.caches, self.state.send)
+    def _start_prefill(self, sequences: list[Sequence], num_tokens: int) -> None:
+        if self.peers is None:
+            self._prefill(sequences)
+            return
+        with self.peers.exchanging(num_tokens):
+            if sequences:
+                self._prefill(sequences)
+            else:
+                self.peers.serve()
+
+    def _prefill(self, sequences: list[Sequence]) -> None:
+        packed = self.packing(sequences, self.caches, self.state.send)
         routes = RecordRoutes()
         hidden_TD = self.model(packed.input_ids, packed.positions, packed, routes)
         ending = [s for s in sequences if s.samples_next]

@@ -7,18 +7,17 @@ heads, H head dim; of the delta rule: V value heads, J value head dim, C channel
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from math import prod
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lockstep.kernels.address_range import tensors_in_range
 from lockstep.kernels.causal_conv import causal_conv, causal_conv_step
 from lockstep.kernels.gated_delta_rule import gated_delta_rule, gated_delta_step
 from lockstep.kernels.packed import PackedDocuments
 from lockstep.kernels.paged_attention import paged_attention
 from lockstep.models import LanguageModel, ModelConfig, Qwen3NextConfig
-from lockstep.rollout.embedded.address_range import AddressRange
 from lockstep.rollout.embedded.block_manager import num_snapshots
 from lockstep.rollout.embedded.sequence import Sequence
 
@@ -33,16 +32,12 @@ class Caches:
         conv_shape, delta_shape = state_shapes(config)
         slots = (config.num_delta_layers, num_state_slots if config.num_delta_layers else 0)
         kv_shape = (config.num_attention_layers, 2, config.num_key_value_heads, num_blocks, block_size, config.head_dim)
-        sizes = [
-            _padded(prod(kv_shape) * weight.element_size()),
-            _padded(prod((*slots, *conv_shape)) * weight.element_size()),
-            prod((*slots, *delta_shape)) * 4,
+        shapes = [
+            (kv_shape, weight.dtype),
+            ((*slots, *conv_shape), weight.dtype),
+            ((*slots, *delta_shape), torch.float32),
         ]
-        self.memory = AddressRange(sum(sizes), weight.device)
-        parts = self.memory.data.split(sizes)
-        self.kv = _view(parts[0], kv_shape, weight.dtype)
-        self.conv = _view(parts[1], (*slots, *conv_shape), weight.dtype)
-        self.delta = _view(parts[2], (*slots, *delta_shape), torch.float32)
+        self.memory, (self.kv, self.conv, self.delta) = tensors_in_range(shapes, weight.device)
 
     def copy_states(self, sources: list[int], targets: list[int]) -> None:
         """Copy states of sequences between slots; no slot may be in both lists."""
@@ -50,15 +45,6 @@ class Caches:
             source_ids, target_ids = (torch.tensor(ids, device=self.kv.device) for ids in (sources, targets))
             for pool in (self.conv, self.delta):
                 pool.index_copy_(1, target_ids, pool[:, source_ids])
-
-
-def _padded(num_bytes: int) -> int:
-    """So that what comes next is aligned for every kernel."""
-    return -(-num_bytes // 256) * 256
-
-
-def _view(memory: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return memory[: prod(shape) * dtype.itemsize].view(dtype).view(shape)
 
 
 def state_shapes(config: ModelConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:

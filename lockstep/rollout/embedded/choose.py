@@ -22,12 +22,12 @@ def make_runner(
     peers: Peers | None,
     graph_sizes: Sizes[int] | None,
 ) -> ModelRunner:
-    """`ExactRunner` for a model that computes exactly; else `AheadRunner` for one rank with a GPU in bf16, and
-    `ModelRunner` for CPUs, fp32 and ranks that share experts."""
+    """`ExactRunner` for a model that computes exactly; else `AheadRunner` for a GPU in bf16, and `ModelRunner` for CPUs
+    and fp32."""
     sizes = {"num_blocks": num_blocks, "block_size": block_size, "max_running": max_running}
     if is_exact(model):
         assert peers is None, "ranks that share experts were refused before"
-        return ExactRunner(model, **sizes, graph_sizes=graph_sizes)
-    if peers is None and is_fused(model.lm_head.weight):
-        return AheadRunner(model, **sizes, graph_sizes=graph_sizes)
+        return ExactRunner(model, **sizes, peers=None, graph_sizes=graph_sizes)
+    if is_fused(model.lm_head.weight):
+        return AheadRunner(model, **sizes, peers=peers, graph_sizes=graph_sizes)
     return ModelRunner(model, **sizes, peers=peers)

@@ -195,15 +195,20 @@ class DecodeSteps:
             self._steps[size] = self._step_class(self.model, self.caches, self.state, size, self._pool)
         return self._steps[size]
 
-    def forget_if_moved(self) -> None:
-        """Drop what was captured for tensors that lie elsewhere now: wider block tables, weights gathered anew."""
-        addresses = (self.state.block_tables_RM.data_ptr(), *(p.data_ptr() for p in self.model.parameters()))
-        if addresses != self._made_for:
-            if self._pool is not None:
-                torch.cuda.synchronize()  # the last step may be running
-                self._pool = torch.cuda.graph_pool_handle()  # the old pool ends with its last graph
-            self._steps.clear()
-            self._made_for = addresses
+    def have_moved(self) -> bool:
+        """Whether tensors lie elsewhere than those of what was captured: wider block tables, other weights."""
+        return self._addresses() != self._made_for
+
+    def forget(self) -> None:
+        """Drop what was captured: from now on it is made for the addresses of today."""
+        if self._pool is not None:
+            torch.cuda.synchronize()  # the last step may be running
+            self._pool = torch.cuda.graph_pool_handle()  # the old pool ends with its last graph
+        self._steps.clear()
+        self._made_for = self._addresses()
+
+    def _addresses(self) -> tuple[int, ...]:
+        return (self.state.block_tables_RM.data_ptr(), *(p.data_ptr() for p in self.model.parameters()))
 
 
 def default_sizes(most: int) -> list[int]:

@@ -87,7 +87,7 @@ class ExactRunner(AheadRunner):
     """As `AheadRunner`, on a GPU or a CPU."""
 
     decode_step = ExactStep
-    prefill = ExactSequences
+    packing = ExactSequences
 
     def _logits(self, hidden_BD: Tensor) -> Tensor:
         return fixed_product(hidden_BD, self.model.lm_head.weight)

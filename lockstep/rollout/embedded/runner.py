@@ -103,13 +103,14 @@ class ModelRunner:
 
     def _run_with_peers(self, own_passes: list[list[Sequence]], peers: Peers) -> None:
         """As many passes as the busiest rank has; in those beyond its own a rank serves the others."""
-        for number in range(peers.most(len(own_passes))):
+        for number in range(peers.most(len(own_passes))[0]):
             together = own_passes[number] if number < len(own_passes) else []
-            peers.agree_on_rows(sum(s.num_scheduled_tokens for s in together))
-            if together:
-                self._run_pass(together)
-            else:
-                peers.serve()
+            (num_rows,) = peers.most(sum(s.num_scheduled_tokens for s in together))
+            with peers.exchanging(num_rows):
+                if together:
+                    self._run_pass(together)
+                else:
+                    peers.serve()
 
     def _run_pass(self, sequences: list[Sequence]) -> None:
         documents = CachedDocuments(sequences, self.caches)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ssl
+import json
 import time
 from collections.abc import Sequence
 from functools import cache
@@ -17,6 +17,9 @@ CONTROL_S = 120.0
 READ_S = 30.0
 """What it gets to say how it is."""
 _POLL_S = 0.05
+_JSON = {"content-type": "application/json"}
+_KEPT_S = 1.0
+"""A connection without requests is kept for so long. A server closes one that a request is just sent on after 5 s."""
 
 
 class ServerApi:
@@ -30,14 +33,19 @@ class ServerApi:
         self.url = url
         self.number = number
 
-    def post(self, path: str, body: dict[str, Any] | None = None, *, timeout_s: float = CONTROL_S) -> dict[str, Any]:
+    def post(
+        self, path: str, body: dict[str, Any] | bytes | None = None, *, timeout_s: float = CONTROL_S
+    ) -> dict[str, Any]:
         """The server's JSON answer; {} for one that is text.
 
+        Args:
+            body: an object for JSON, or the JSON itself.
         Raises:
             RolloutError: no answer in time, or a refusal, with the server's own words.
         """
         try:
-            response = httpx.post(self.url + path, json=body or {}, timeout=timeout_s, verify=_certificates())
+            content = body if isinstance(body, bytes) else json.dumps(body or {}).encode()
+            response = _client().post(self.url + path, content=content, headers=_JSON, timeout=timeout_s)
             is_json = "json" in response.headers.get("content-type", "")
             answer = response.json() if is_json and response.content else {}
         except (httpx.HTTPError, ValueError) as error:
@@ -49,7 +57,7 @@ class ServerApi:
     def get(self, path: str, *, timeout_s: float = READ_S) -> dict[str, Any]:
         """As `post`, of what can be read."""
         try:
-            response = httpx.get(self.url + path, timeout=timeout_s, verify=_certificates())
+            response = _client().get(self.url + path, timeout=timeout_s)
             response.raise_for_status()
             answer: dict[str, Any] = response.json() if response.content else {}
         except (httpx.HTTPError, ValueError) as error:
@@ -59,8 +67,7 @@ class ServerApi:
     def is_healthy(self, timeout_s: float) -> bool:
         """Whether it generates."""
         try:
-            url = f"{self.url}/health_generate"
-            return httpx.get(url, timeout=timeout_s, verify=_certificates()).status_code == 200
+            return _client().get(f"{self.url}/health_generate", timeout=timeout_s).status_code == 200
         except httpx.HTTPError:
             return False
 
@@ -122,6 +129,6 @@ class ServerApi:
 
 
 @cache
-def _certificates() -> ssl.SSLContext:
-    """Read once: httpx reads them anew for every request, which takes longer than most answers."""
-    return httpx.create_ssl_context()
+def _client() -> httpx.Client:
+    """One for all servers and threads: to read certificates and to connect takes longer than most answers."""
+    return httpx.Client(limits=httpx.Limits(max_connections=None, keepalive_expiry=_KEPT_S))

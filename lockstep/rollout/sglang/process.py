@@ -146,6 +146,9 @@ def server_environment(environment: Mapping[str, str], gpus: range | None) -> di
     own = dict(environment)
     for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):  # training's; servers' memory is SGLang's matter
         own.pop(name, None)
+    # Ranks of a group that are not of one mind here cannot reach each other's memory. Left alone SGLang says 0; -2 is
+    # NCCL's own default, and so training's.
+    own.setdefault("NCCL_CUMEM_ENABLE", "-2")
     if gpus is not None:
         given = own.get("CUDA_VISIBLE_DEVICES")
         visible = given.split(",") if given else [str(number) for number in range(1024)]

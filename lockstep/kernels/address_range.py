@@ -8,7 +8,9 @@ from __future__ import annotations
 import ctypes
 import warnings
 import weakref
+from collections.abc import Sequence
 from functools import cache
+from math import prod
 from typing import Any
 
 import torch
@@ -18,6 +20,8 @@ from lockstep.errors import RolloutError
 
 _PIECE = 2**30
 """Bytes of one physical allocation, the last of a range excepted."""
+_ALIGNMENT = 256
+"""Bytes: enough for every kernel."""
 _PINNED, _DEVICE, _READ_WRITE, _MINIMUM = 1, 1, 3, 0
 
 
@@ -133,6 +137,17 @@ class AddressRange:
             return
         torch.cuda.synchronize(self._device)
         _unmap(self._pieces)
+
+
+def tensors_in_range(
+    shapes: Sequence[tuple[Sequence[int], torch.dtype]], device: torch.device
+) -> tuple[AddressRange, list[Tensor]]:
+    """Tensors of these shapes and dtypes, one after the other in a range of their own, which is held."""
+    sizes = [prod(shape) * dtype.itemsize for shape, dtype in shapes]
+    aligned = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
+    memory = AddressRange(sum(aligned), device)
+    parts = zip(memory.data.split(aligned), sizes, shapes, strict=True)
+    return memory, [part[:size].view(dtype).view(*shape) for part, size, (shape, dtype) in parts]
 
 
 class _Raw:
