@@ -8,7 +8,8 @@ The task and the warm-up are the quickstart's; models have heads of 128, as SGLa
 
 `run` learns the task on one GPU that trainer and server share. `case` is a short run of one of `CASES`: what it says of
 places, servers and transports, a random model, and every update of the weights compared with an export. It takes the
-first of the GPUs in CUDA_VISIBLE_DEVICES. Its exit code is 0 when the run ended well and the server has the options.
+first GPUs of CUDA_VISIBLE_DEVICES, trainer before servers, so that several can run beside each other. Its exit code is
+0 when the run ended well and the server has the options.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -153,6 +155,8 @@ CASES = {
     ),
     "disk": Case(1, "dense", "--update-weight-transport disk"),
 }
+"""Weights go by NCCL where servers have GPUs of their own, and by CUDA IPC where they share training's (`shared`, which
+divides experts over its trainer, and `draft`, whose draft layer is not trained but loaded at every comparison)."""
 CASE_SERVER = SERVER | {
     "mem-fraction-static": "0.2",
     "max-total-tokens": "32768",
@@ -161,7 +165,7 @@ CASE_SERVER = SERVER | {
     "disable-custom-all-reduce": "",
     "enforce-disable-flashinfer-allreduce-fusion": "",
 }
-"""`--sglang-*` of every case; the last two need libraries or rights that not every machine has."""
+"""`--sglang-*` of every case. The last two turn off what not every machine has: NVLink multicast, and FlashInfer."""
 CASE = (
     "--params-dtype bfloat16 --input-key prompt --label-key label --apply-chat-template --num-rollout 4 "
     "--rollout-batch-size 8 --n-samples-per-prompt 8 --rollout-max-response-len 40 --lr 1e-3 "
@@ -262,6 +266,9 @@ def run(output: Path, result: Path, options: list[str]) -> int:
 
 def run_case(name: str, output: Path, result: Path, limit_s: float, options: list[str]) -> int:
     case, folder = CASES[name], output / name
+    if torch.cuda.device_count() < case.num_gpus:
+        print(f"{name} takes {case.num_gpus} GPUs; PyTorch sees {torch.cuda.device_count()}.", file=sys.stderr)
+        return 2
     quickstart.make_checkpoint(folder / "model", 0)
     write_model(folder / "model", MODELS[case.model])
     quickstart.write_rows(folder / "train.jsonl", quickstart.make_prompt_rows("train", 256, 0))
@@ -300,7 +307,11 @@ def measured(words: list[str], run_dir: Path, limit_s: float | None) -> tuple[in
         try:
             code = process.wait(limit_s)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # servers die with it
+            servers = psutil.Process(process.pid).children(recursive=True)  # a server that starts may leave some behind
+            os.killpg(process.pid, signal.SIGKILL)
+            for server in servers:
+                with suppress(psutil.NoSuchProcess):
+                    server.kill()
             process.wait()
             code = 124
     text = log.read_text(errors="replace")

@@ -26,6 +26,10 @@ def main(words: Sequence[str] | None = None) -> int:
     # PyTorch's CPU threads wait by spinning, for milliseconds: on a machine with other work that made steps 10 times
     # slower. Some microseconds are enough between two operations. OpenMP reads this when torch is loaded.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    # Training fills a GPU almost to its end, with tensors of all sizes: segments that grow leave no gaps between them.
+    # They grow by 128 MiB, not 20, since the driver takes its time for each piece, when memory changes hands too.
+    if "PYTORCH_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True,large_segment_size_mb:128")
     try:
         return _dispatch(list(words))
     except LockstepError as error:

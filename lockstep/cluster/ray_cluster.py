@@ -35,7 +35,7 @@ from lockstep.cluster.wire import Channel
 from lockstep.errors import OptionError, RankError
 
 _TOKEN_BYTES = 32
-_PASSED_ON = ("OMP_NUM_THREADS", "PYTHONPATH", "HF_HUB_OFFLINE")
+_PASSED_ON = ("OMP_NUM_THREADS", "PYTHONPATH", "HF_HUB_OFFLINE", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 """Environment variables of the controller that processes on other machines get too."""
 _END_S = 5.0
 

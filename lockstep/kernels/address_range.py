@@ -18,8 +18,8 @@ from torch import Tensor
 
 from lockstep.errors import RolloutError
 
-_PIECE = 2**30
-"""Bytes of one physical allocation, the last of a range excepted."""
+_PIECE = 2**33
+"""Bytes of one physical allocation, the last of a range excepted: the driver takes its time for each."""
 _ALIGNMENT = 256
 """Bytes: enough for every kernel."""
 _PINNED, _DEVICE, _READ_WRITE, _MINIMUM = 1, 1, 3, 0

@@ -5,12 +5,15 @@ T rows here, N ranks of the group, D anything behind the first dim.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 from torch import Tensor
 
+_coalescing_manager: Any = c10d._coalescing_manager  # FSDP's way to send several tensors at once
 # torch 2.13 has new names for them.
 _ALL_GATHER = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
@@ -20,6 +23,15 @@ def all_gather_rows(x_TD: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Everybody's rows in rank order, `[N T, D]`. Its gradient is summed over ranks: each used the rows its own way."""
     result: Tensor = _AllGatherRows.apply(x_TD, group)  # type: ignore[no-untyped-call]
     return result
+
+
+def all_gather_together(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> list[Tensor]:
+    """Everybody's rows of several tensors in one exchange, each in rank order; no gradients."""
+    gathered = [x.new_empty(len(x) * group.size(), *x.shape[1:]) for x in tensors]
+    with _coalescing_manager(group):
+        for out, x in zip(gathered, tensors, strict=True):
+            _ALL_GATHER(out, x.contiguous(), group=group)
+    return gathered
 
 
 def reduce_scatter_rows(x_TD: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -21,7 +21,7 @@ from lockstep.kernels.decode_experts import MOST_TOKENS, decode_experts
 from lockstep.kernels.experts import local_experts
 from lockstep.models import LanguageModel
 from lockstep.models.layers.moe import Experts
-from lockstep.parallel.collectives import all_gather_rows, reduce_scatter_rows
+from lockstep.parallel.collectives import all_gather_together, reduce_scatter_rows
 
 _MOST_ROWS = 2048
 """Rows that a rank sends at once: a prefill of many rows goes in pieces, so that memory stays bounded."""
@@ -60,7 +60,7 @@ class VisitExperts:
     def _visit(
         self, x_ND: Tensor, experts_NS: Tensor, weights_NS: Tensor, gate_up_EJD: Tensor, down_EDI: Tensor
     ) -> Tensor:
-        x_GD, experts_GS, weights_GS = (all_gather_rows(x, self.group) for x in (x_ND, experts_NS, weights_NS))
+        x_GD, experts_GS, weights_GS = all_gather_together((x_ND, experts_NS, weights_NS), self.group)
         here_GS = experts_GS - self.first_expert
         compute = decode_experts if len(x_GD) <= MOST_TOKENS else local_experts
         sums_GD = compute(x_GD, here_GS, weights_GS, gate_up_EJD, down_EDI, torch.float32)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -41,6 +42,17 @@ except SystemExit:
 print(json.dumps([n for n in ("torch", "transformers", "numpy", "pyarrow", "plotly", "rich") if n in sys.modules]))
 """
     assert json.loads(python(code).stdout.splitlines()[-1]) == []
+
+
+@pytest.mark.parametrize("set_by_user", [{}, {"PYTORCH_ALLOC_CONF": "a"}, {"PYTORCH_CUDA_ALLOC_CONF": "b"}])
+def test_the_gpus_allocator_works_in_segments_that_grow_unless_the_user_has_said_how(monkeypatch, set_by_user):
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in set_by_user.items():
+        monkeypatch.setenv(name, value)
+    cli.main([])
+    found = {name: value for name, value in os.environ.items() if name.endswith("ALLOC_CONF")}
+    assert found == (set_by_user or {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True,large_segment_size_mb:128"})
 
 
 def test_help_takes_less_than_a_second():
