@@ -151,6 +151,7 @@ CASES = {
             "speculative_eagle_topk=1",
             "speculative_num_draft_tokens=3",
             "enable_draft_weights_cpu_backup=True",
+            "disable_shared_experts_fusion=True",
         ),
     ),
     "disk": Case(1, "dense", "--update-weight-transport disk"),

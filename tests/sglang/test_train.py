@@ -51,6 +51,8 @@ def test_two_steps_of_grpo_agree_with_the_trainer_and_leave_no_process(
     runs.finish(done := runs.start(*words, env={"E2E_TOKEN": token}), timeout=1200)
     log = (tmp_path / "run" / "sglang" / "server-0.log").read_text()
     assert done.returncode == 0, log[-3000:]
+    assert "enable_return_routed_experts=True" in log
+    assert "disable_shared_experts_fusion=True" in log
     rows = [row for row in runs.read_metrics(tmp_path / "run") if row["step"] >= 0]
     assert len(rows) == 2
     for row in rows:

@@ -101,8 +101,10 @@ def _plan(config: Config, places: ServerPlaces, *, returns_routes: bool, release
     # By itself SGLang reads an fp32 checkpoint as fp16.
     server_args = {"dtype": config.model.params_dtype} | options.server_args
     words = server_words(server_args, tp_size=tp_size)
-    if returns_routes and "--enable-return-routed-experts" not in words:
-        words.append("--enable-return-routed-experts")
+    if returns_routes:
+        # A shared expert that is computed as one more of the chosen ones breaks SGLang's record of them.
+        ours = ("--enable-return-routed-experts", "--disable-shared-experts-fusion")
+        words += [word for word in ours if word not in words]
     if releases_memory:
         # Training sends no draft weights, so what servers release of them has to come back by itself.
         kept = ["--enable-draft-weights-cpu-backup"] if "--speculative-algorithm" in words else []
