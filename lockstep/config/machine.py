@@ -167,8 +167,9 @@ class WeightSyncOptions(OptionGroup):
     Default: tensor to servers that share training's devices, nccl to others. slime's default is nccl."""
     update_weight_disk_dir: str | None = None
     """Folder for weights on their way to servers, which must be able to read it. Default: a folder in run_dir."""
-    update_weight_buffer_size: Count = 512 * 2**20
-    """Bytes of weights that are sent at a time, by nccl and tensor."""
+    update_weight_buffer_size: Count | None = None
+    """Bytes of weights that are sent at a time; two such buffers are in memory. Default: 2 GiB by tensor and 512 MiB by
+    nccl, which were fastest on H200s. slime's default is 512 MiB."""
     update_weights_interval: Count = 1
     """Rollouts between updates of the engine's weights. Every rollout samples with the newest."""
     pause_generation_mode: Literal["finish", "abort", "retract"] = "retract"
