@@ -14,7 +14,7 @@ from lockstep.config.base import OptionGroup
 from lockstep.config.machine import ClusterOptions, ParallelOptions, SglangOptions, WeightSyncOptions
 from lockstep.config.model import CheckpointOptions, ModelOptions
 from lockstep.config.observing import DebugOptions, LoggingOptions
-from lockstep.config.reporting import first_error, unknown_option
+from lockstep.config.reporting import first_error, unknown_option, unknown_table
 from lockstep.config.rollout import DataOptions, EvalOptions, RewardOptions, RolloutOptions
 from lockstep.config.training import AlgorithmOptions, BatchingOptions, OptimizerOptions
 from lockstep.errors import OptionError
@@ -110,6 +110,8 @@ def flatten(values: Mapping[str, Any]) -> dict[str, Any]:
             for name, entry in value.items():
                 _check_table(name, entry, key)
                 _put(flat, name, entry, f" in table [{key}]")
+        elif isinstance(value, Mapping) and key not in PREFIXES.values():
+            raise unknown_table(key, GROUPS)
         else:
             _put(flat, key, value, "")
     return flat
@@ -136,4 +138,4 @@ def _put(flat: dict[str, Any], name: str, value: Any, where: str) -> None:
         target = PREFIXES[prefix]
         flat[target] = {**flat.get(target, {}), name.removeprefix(prefix): value}
     else:
-        raise unknown_option(name, value, name, KNOWN_NAMES | GROUPS.keys(), where)
+        raise unknown_option(name, value, name, KNOWN_NAMES, where)

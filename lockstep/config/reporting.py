@@ -30,6 +30,14 @@ def unknown_option(shown: str, value: Any, name: str, known: Iterable[str], wher
     return OptionError(shown, value, f"there is no such option{where}.", remedy)
 
 
+def unknown_table(name: str, known: Iterable[str]) -> OptionError:
+    """The error for a TOML table that nothing belongs to."""
+    tables = sorted(known)
+    closest = difflib.get_close_matches(name, tables, n=1, cutoff=0.6)
+    remedy = f"Did you mean [{closest[0]}]?" if closest else f"The tables are {', '.join(tables)}."
+    return OptionError("table", f"[{name}]", "there is no such table.", remedy)
+
+
 def first_error(error: ValidationError) -> OptionError:
     """The first thing that pydantic found wrong, in our words."""
     found = error.errors()[0]

@@ -58,7 +58,8 @@ def write_report(run_dir: Path, output: Path | None = None) -> Path:
 
 def _read_rows(run_dir: Path) -> list[Row]:
     if not run_dir.is_dir():
-        raise DataError("RUN", str(run_dir), "There is no such folder.", "Give the folder that `--run-dir` named.")
+        reason = "It is a file." if run_dir.exists() else "There is no such folder."
+        raise DataError("RUN", str(run_dir), reason, "Give the folder that `--run-dir` named.")
     rows = read_steps(run_dir / FILE_NAME)
     if not rows:
         raise DataError(

@@ -155,6 +155,8 @@ def test_a_missing_run_and_a_run_without_a_step_are_named(tmp_path):
     with pytest.raises(DataError, match=r"RUN is .*There is no such folder"):
         write_report(tmp_path / "nowhere")
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "half')
+    with pytest.raises(DataError, match=r"RUN is .*It is a file\. Give the folder"):
+        write_report(tmp_path / "metrics.jsonl")
     with pytest.raises(DataError, match=r"RUN is .*no finished step in metrics.jsonl\. Train first"):
         write_report(tmp_path)
 
