@@ -68,7 +68,14 @@ class Finding:
 
 
 IMPORTED_AS = {"pyyaml": "yaml"}
-OPTIONAL = ("triton", "fla-core", "ray", "sglang", "wandb", "tensorboard")
+EXTRAS = {
+    "ray": "runs stay on one machine",
+    "uvicorn": "there is no `lockstep serve`",
+    "wandb": "no logging to Weights & Biases",
+    "tensorboard": "no TensorBoard files",
+}
+"""Packages and what is missing without them. SGLang is none: it has an environment of its own (--sglang-python)."""
+OPTIONAL = ("triton", "fla-core", *EXTRAS)
 
 
 def look(folder: Path) -> Machine:
@@ -265,14 +272,8 @@ def check_triton_on_cpu(machine: Machine) -> Finding:
 
 
 def check_extras(machine: Machine) -> Finding:
-    costs = {
-        "ray": "runs stay on one machine",
-        "sglang": "rollouts use the built-in engine",
-        "wandb": "no logging to Weights & Biases",
-        "tensorboard": "no TensorBoard files",
-    }
-    found = ", ".join(f"{name} {machine.packages[name]}" for name in costs if machine.packages.get(name)) or "none"
-    missing = [f"without {name} {cost}" for name, cost in costs.items() if not machine.packages.get(name)]
+    found = ", ".join(f"{name} {machine.packages[name]}" for name in EXTRAS if machine.packages.get(name)) or "none"
+    missing = [f"without {name} {cost}" for name, cost in EXTRAS.items() if not machine.packages.get(name)]
     return Finding("extras", found, says="; ".join(missing))
 
 

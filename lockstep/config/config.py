@@ -110,7 +110,7 @@ def flatten(values: Mapping[str, Any]) -> dict[str, Any]:
             for name, entry in value.items():
                 _check_table(name, entry, key)
                 _put(flat, name, entry, f" in table [{key}]")
-        elif isinstance(value, Mapping) and key not in PREFIXES.values():
+        elif isinstance(value, Mapping) and key not in KNOWN_NAMES and key not in PREFIXES.values():
             raise unknown_table(key, GROUPS)
         else:
             _put(flat, key, value, "")

@@ -21,7 +21,7 @@ GOOD = Machine(
     python="3.12.3",
     packages={
         "torch": "2.13.0", "transformers": "5.17.0", "triton": "3.7.1", "fla-core": "0.6.0", "ray": "2.50.0",
-        "sglang": None, "wandb": "0.31.0", "tensorboard": "2.21.0",
+        "uvicorn": None, "wandb": "0.31.0", "tensorboard": "2.21.0",
     },
     required=(("torch", "<2.14,>=2.11"), ("transformers", "<6,>=5.12")),
     torch_cuda="13.0",
@@ -52,7 +52,7 @@ def test_a_good_machine_has_nothing_to_complain_about() -> None:
     assert {finding.level for finding in findings(GOOD).values()} == {"fine"}
     assert findings(GOOD)["GPUs"].found == "NVIDIA H200, 139 GiB, 9.0; driver 580.159.04"
     assert findings(GOOD)["Qwen3-Next kernels"].found == "ours with Triton 3.7.1, off by 0.4% in bf16"
-    assert findings(GOOD)["extras"].says == "without sglang rollouts use the built-in engine"
+    assert findings(GOOD)["extras"].says == "without uvicorn there is no `lockstep serve`"
 
 
 @pytest.mark.parametrize(
