@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -12,12 +15,13 @@ from threading import Thread
 
 import psutil
 import pytest
-from real_servers import START_S, engine_of, load, score, start_fleet
+from real_servers import CPU_ARGS, PYTHON, START_S, engine_of, load, score, start_fleet
 
 from lockstep.models import LanguageModel
 from lockstep.rollout.engine import Generation, SamplingParams
 from lockstep.rollout.sglang import SGLangEngine
 from lockstep.rollout.sglang.api import ServerApi
+from lockstep.rollout.sglang.arguments import server_words
 from lockstep.rollout.sglang.fleet import ServerFleet
 from lockstep.weight_sync import TensorTransport
 
@@ -133,6 +137,34 @@ def test_a_server_that_hangs_when_new_weights_come_is_started_again_with_them(
     assert engine.num_resent == 0
     psutil.wait_procs(before, timeout=10)
     assert [process for process in before if process.is_running() and process.status() != "zombie"] == []
+
+
+STARTS_A_SERVER = """
+import os, sys, time
+from pathlib import Path
+from lockstep.rollout.sglang.process import ServerProcess
+python, model, log, *words = sys.argv[1:]
+server = ServerProcess(python, words, model=Path(model), version="0", environment=os.environ, log=Path(log))
+print(server.process.pid, flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_server_that_has_just_begun_ends_with_a_lockstep_that_is_killed(folders: list[Path], tmp_path: Path) -> None:
+    """Its processes are there, and have not imported what would end them with their parent."""
+    words = [PYTHON, folders[0], tmp_path / "log", *server_words(CPU_ARGS, tp_size=1)]
+    lockstep = subprocess.Popen([sys.executable, "-c", STARTS_A_SERVER, *map(str, words)], stdout=subprocess.PIPE)
+    assert lockstep.stdout is not None
+    server = psutil.Process(int(lockstep.stdout.readline()))
+    deadline = time.monotonic() + START_S
+    while len(born := [p for p in server.children(recursive=True) if "spawn_main" in " ".join(p.cmdline())]) < 2:
+        assert time.monotonic() < deadline, (tmp_path / "log").read_text()[-2000:]
+        time.sleep(0.02)
+    everybody = [server, *server.children(recursive=True)]
+    lockstep.kill()
+    lockstep.communicate()
+    _, alive = psutil.wait_procs(everybody, timeout=10)
+    assert [p for p in alive if p.status() != "zombie"] == [], born
 
 
 def test_a_server_that_answers_garbage_is_replaced(fleet: ServerFleet, model: LanguageModel) -> None:

@@ -20,12 +20,22 @@ from typing import Protocol
 from lockstep.errors import RolloutError
 from lockstep.rollout.sglang.api import ServerApi
 
-_BOOT = (
-    "import ctypes, os, sys\n"
-    "ctypes.CDLL(None).prctl(1, 9)\n"  # PR_SET_PDEATHSIG, SIGKILL: it outlives exec, and SGLang's children do the same
-    "os.getppid() == int(sys.argv[1]) or sys.exit('its parent is gone')\n"
-    "os.execv(sys.executable, [sys.executable, '-m', 'sglang.launch_server', *sys.argv[2:]])\n"
-)
+_BOOT = """
+import ctypes, os, signal, sys
+prctl = ctypes.CDLL(None).prctl
+prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, which outlives exec
+os.getppid() == int(sys.argv[1]) or sys.exit("its parent is gone")
+server = os.getpid()
+if os.fork() == 0:
+    signal.signal(signal.SIGUSR1, lambda *_: os.killpg(0, signal.SIGKILL))
+    prctl(1, signal.SIGUSR1)
+    os.getppid() == server or os.killpg(0, signal.SIGKILL)
+    while True:
+        signal.pause()
+os.execv(sys.executable, [sys.executable, "-m", "sglang.launch_server", *sys.argv[2:]])
+"""
+"""SGLang's server dies with this process, and a child that waits for that ends its process group. SGLang's own children
+see to it too, but not in the seconds before they have imported themselves."""
 _END_S = 10.0
 _POLL_S = 0.5
 _QUOTED_LINES = 8
