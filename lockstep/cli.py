@@ -26,10 +26,6 @@ def main(words: Sequence[str] | None = None) -> int:
     # PyTorch's CPU threads wait by spinning, for milliseconds: on a machine with other work that made steps 10 times
     # slower. Some microseconds are enough between two operations. OpenMP reads this when torch is loaded.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    # Training fills a GPU almost to its end, with tensors of all sizes: segments that grow leave no gaps between them.
-    # They grow by 128 MiB, not 20, since the driver takes its time for each piece, when memory changes hands too.
-    if "PYTORCH_ALLOC_CONF" not in os.environ:
-        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True,large_segment_size_mb:128")
     try:
         return _dispatch(list(words))
     except LockstepError as error:
@@ -70,6 +66,7 @@ def _train(words: Sequence[str]) -> int:
     if (config := _read_config("train", words, check_training)) is None:
         return 0
     _say_what_loads(config)
+    _let_segments_grow(config)
     from lockstep.loop import train
 
     return train(config)
@@ -81,9 +78,24 @@ def _eval(words: Sequence[str]) -> int:
     if (config := _read_config("eval", words, check_evaluation)) is None:
         return 0
     _say_what_loads(config)
+    _let_segments_grow(config)
     from lockstep.loop import evaluate
 
     return evaluate(config)
+
+
+def _let_segments_grow(config: Config) -> None:
+    """Training fills a GPU almost to its end, with tensors of all sizes: segments that grow leave no gaps between them.
+
+    They grow by 128 MiB, not 20, since the driver takes its time for each piece, when memory changes hands too. Not
+    where servers open training's memory by CUDA IPC: of such segments that takes a right which containers often lack.
+    PyTorch reads it when it first uses a GPU.
+    """
+    may_be_opened = config.weight_sync.update_weight_transport in (None, "tensor")
+    if config.rollout.rollout_engine == "sglang" and may_be_opened:
+        return
+    if "PYTORCH_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True,large_segment_size_mb:128")
 
 
 def _read_config(command: str, words: Sequence[str], check: Callable[[Config], None]) -> Config | None:

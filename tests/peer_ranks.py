@@ -5,17 +5,22 @@ from __future__ import annotations
 import os
 import random
 import traceback
+from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from tiny_models import hf_model, moe_config, random_documents, twin_of
 from torch import nn
 
+from lockstep.kernels.address_range import HELD
 from lockstep.models import LanguageModel
 from lockstep.models.layers.moe import Experts
+from lockstep.parallel.collectives import all_gather_together
 from lockstep.parallel.decode import Peers, VisitExperts
 from lockstep.parallel.mesh import Layout, Meshes
 from lockstep.parallel.shard import shard_model
@@ -51,15 +56,30 @@ def run_rank(rank: int, root: Path, device_type: str, ways: list[Way]) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, init_method=f"file://{root / 'store'}", rank=rank, world_size=2)
+    patience = timedelta(minutes=4)  # ranks that do not agree wait for each other
+    dist.init_process_group(backend, None, patience, 2, rank, dist.FileStore(str(root / "store"), 2))
     try:
-        found: Any = {"gathered": gathered(device), "sampled": [sampled(way, rank, device) for way in ways]}
+        runs = [sampled(way, rank, device) for way in ways]
+        found: Any = {
+            "exchanged": exchanged(rank),
+            "gathered": gathered(device),
+            "sampled": [generations for generations, _ in runs],
+            "forgotten": [count for _, count in runs],
+        }
     except Exception:
         found = traceback.format_exc()
     torch.save(found, root / f"rank_{rank}.pt")
     if isinstance(found, dict):
         dist.barrier()
     os._exit(0)  # taking process groups down aborts now and then, in their own threads
+
+
+def exchanged(rank: int) -> list[torch.Tensor]:
+    """Both ranks' rows of three types, sent together over gloo: what no other type could hold."""
+    ids = torch.tensor([[511, 257], [-1, 2**40 + rank]])
+    tensors = (torch.full((2, 3), 1.5 + rank).bfloat16(), ids, torch.full((2, 1), 1 / 3 + rank))
+    assert dist.group.WORLD is not None
+    return all_gather_together(tensors, dist.group.WORLD)
 
 
 def gathered(device: torch.device) -> dict[str, list[Any]]:
@@ -76,7 +96,8 @@ def gathered(device: torch.device) -> dict[str, list[Any]]:
             here = {name: p for name, p in together.named_parameters() if name in own}
             found["equal"].append(all(torch.equal(here[name], own[name]) for name in own))
             found["addresses"].append([parameter.data_ptr() for parameter in together.parameters()])
-        found["bytes"].append(0 if device.type == "cuda" else sum(p.untyped_storage().nbytes() for p in here.values()))
+        on_cpu = sum(p.untyped_storage().nbytes() for p in here.values())
+        found["bytes"].append(HELD.now if device.type == "cuda" else on_cpu)
         others.append(torch.empty(2**24, dtype=torch.uint8, device=device))  # what training puts there
     return found
 
@@ -87,8 +108,9 @@ def random_model(device: torch.device) -> LanguageModel:
     return model.to(device, torch.bfloat16 if on_gpu else torch.float32)
 
 
-def sampled(way: Way, rank: int, device: torch.device) -> list[Generation]:
-    """Two rollouts, as weights that were gathered anew in between; the second one's responses come back."""
+def sampled(way: Way, rank: int, device: torch.device) -> tuple[list[Generation], int]:
+    """Two rollouts, as with weights that were gathered anew in between: the second one's responses, and how often steps
+    that were captured were dropped."""
     model = random_model(device)
     peers = share_experts(model, rank) if way.has_peers else None
     engine = EmbeddedEngine(
@@ -96,18 +118,21 @@ def sampled(way: Way, rank: int, device: torch.device) -> list[Generation]:
         peers=peers,
     )  # fmt: skip
     sizes: dict[str, Any] = {"num_blocks": 80, "block_size": 16, "max_running": 12, "peers": peers}
+    forgetting: Any = nullcontext()
     if way.runner == "plain":
         engine.runner = ModelRunner(model, **sizes)
     else:
         engine.runner = AheadRunner(model, **sizes, graph_sizes=way.graph_sizes)
         engine.runner.steps._pool = torch.cuda.graph_pool_handle() if way.captures else None
-    first = rollout(engine, peers, rank)
-    engine.set_version(1)
-    if rank == 0:  # what one rank captured is of no use any more, and the other one does not know
-        model.model.norm.weight = nn.Parameter(model.model.norm.weight.detach().clone())
-    again = rollout(engine, peers, rank)
+        forgetting = patch.object(engine.runner.steps, "forget", wraps=engine.runner.steps.forget)
+    with forgetting as forget:
+        first = rollout(engine, peers, rank)
+        engine.set_version(1)
+        if rank == 0:  # what one rank captured is of no use any more, and the other one does not know
+            model.model.norm.weight = nn.Parameter(model.model.norm.weight.detach().clone())
+        again = rollout(engine, peers, rank)
     assert [g.token_ids for g in first] == [g.token_ids for g in again]
-    return again
+    return again, 0 if forget is None else forget.call_count
 
 
 def share_experts(model: LanguageModel, rank: int) -> Peers:

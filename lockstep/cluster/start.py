@@ -367,6 +367,7 @@ class _WithReplicas(_InProcesses):
 
     def __init__(self, config: Config, stack: AsyncExitStack, workers: _Senders, machines: Machines) -> None:
         self.trainer, self.machines = workers.trainer, machines
+        address = stack.enter_context(_meeting_place(config, machines))
         self._group = WorkerGroup(
             config.cluster.rollout_num_gpus or 0,
             Replica,
@@ -377,7 +378,6 @@ class _WithReplicas(_InProcesses):
         stack.callback(self._group.close)
         print(f"{len(self._group)} processes on {machines.device_type} that sample", file=sys.stderr, flush=True)
         self._group.wait_for_start()
-        address = stack.enter_context(_meeting_place(config, machines))
         joining = self._group.begin("open_copies", address)
         workers.open_copies(address, len(self._group))
         self._group.finish(joining)

@@ -294,8 +294,9 @@ SECTIONS: dict[str, list[SlimeFlag]] = {
     "Weight sync": [
         *_same("--update-weight-mode", refused={"delta": "weights are sent whole."}, remedy="Use full."),
         *_same("--update-weight-transport", note="`tensor` besides. The embedded engine needs none."),
-        *_same("--update-weight-disk-dir", "--update-weight-buffer-size", "--check-weight-update-equal",
-               note="For `--rollout-engine sglang`."),
+        *_same("--update-weight-disk-dir", "--check-weight-update-equal", note="For `--rollout-engine sglang`."),
+        *_same("--update-weight-buffer-size",
+               note="For `--rollout-engine sglang`. By default 2 GiB by CUDA IPC (slime: 512 MiB)."),
         *_accepted("--update-weight-local-checkpoint-dir", "--update-weight-delta-encoding",
                    "--update-weight-delta-checksum", why=_SENT_WHOLE),
         *_accepted("--update-weight-disk-keep-files", words="none", why=_SENT_WHOLE),

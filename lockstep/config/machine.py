@@ -168,8 +168,8 @@ class WeightSyncOptions(OptionGroup):
     update_weight_disk_dir: str | None = None
     """Folder for weights on their way to servers, which must be able to read it. Default: a folder in run_dir."""
     update_weight_buffer_size: Count | None = None
-    """Bytes of weights that are sent at a time; two such buffers are in memory. Default: 2 GiB by tensor and 512 MiB by
-    nccl, which were fastest on H200s. slime's default is 512 MiB."""
+    """Bytes of weights that are sent at a time; two such buffers are in memory. Default: 2 GiB by tensor on GPUs, else
+    512 MiB, which were fastest on H200s. slime's default is 512 MiB."""
     update_weights_interval: Count = 1
     """Rollouts between updates of the engine's weights. Every rollout samples with the newest."""
     pause_generation_mode: Literal["finish", "abort", "retract"] = "retract"

@@ -16,8 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lockstep.errors import RolloutError
-
 _PIECE = 2**33
 """Bytes of one physical allocation, the last of a range excepted: the driver takes its time for each."""
 _ALIGNMENT = 256
@@ -40,6 +38,18 @@ class _Held:
 
 
 HELD = _Held()
+
+
+class NoPagesLeft(Exception):
+    """The GPU has not as many bytes as a range wants.
+
+    Args:
+        wanted, left: bytes.
+    """
+
+    def __init__(self, wanted: int, left: int) -> None:
+        super().__init__(f"{wanted / 2**30:.1f} GiB wanted, {left / 2**30:.1f} GiB left")
+        self.wanted, self.left = wanted, left
 
 
 class _Location(ctypes.Structure):
@@ -103,7 +113,7 @@ class AddressRange:
         """Have pages, filled with zeros. What torch's allocator keeps unused is given back first.
 
         Raises:
-            RolloutError: the GPU has not as much left.
+            NoPagesLeft: the GPU has not as much.
         """
         if self.is_held:
             return
@@ -116,12 +126,7 @@ class AddressRange:
             handle = ctypes.c_ulonglong()
             if _driver().cuMemCreate(ctypes.byref(handle), ctypes.c_size_t(size), ctypes.byref(self._properties), 0):
                 self.release()
-                raise RolloutError(
-                    "--sglang-mem-fraction-static",
-                    f"{self._num_bytes / 2**30:.1f} GiB of caches",
-                    f"the GPU has {free / 2**30:.1f} GiB left beside the weights and the optimizer.",
-                    "Lower it, or --rollout-max-tokens.",
-                )
+                raise NoPagesLeft(self._num_bytes, free)
             address = self._start.value + offset
             _call("cuMemMap", ctypes.c_ulonglong(address), ctypes.c_size_t(size), ctypes.c_size_t(0), handle, 0)
             self._pieces.append((address, size, handle))
@@ -172,7 +177,9 @@ def _driver() -> Any:
     except OSError:
         has_all = False
     if not has_all:
-        warnings.warn("the CUDA driver has no virtual memory: the sampler's caches stay while training", stacklevel=2)
+        warnings.warn(
+            "the CUDA driver has no virtual memory: what only sampling needs stays while training", stacklevel=2
+        )
     return library if has_all else None
 
 

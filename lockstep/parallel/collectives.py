@@ -1,4 +1,4 @@
-"""Exchanges of rows between ranks that gradients pass through.
+"""Exchanges of rows between ranks; gradients pass through all but `all_gather_together`.
 
 T rows here, N ranks of the group, D anything behind the first dim.
 """
@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 from torch import Tensor
 
-_coalescing_manager: Any = c10d._coalescing_manager  # FSDP's way to send several tensors at once
+_coalescing_manager: Any = c10d._coalescing_manager  # private, and the same in torch 2.11 to 2.13
 # torch 2.13 has new names for them.
 _ALL_GATHER = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
@@ -26,11 +26,14 @@ def all_gather_rows(x_TD: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def all_gather_together(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> list[Tensor]:
-    """Everybody's rows of several tensors in one exchange, each in rank order; no gradients."""
+    """Everybody's rows of several tensors in one exchange, each in rank order; no gradients.
+
+    They go as bytes: gloo joins what it sends at once, and would make numbers of several types those of one.
+    """
     gathered = [x.new_empty(len(x) * group.size(), *x.shape[1:]) for x in tensors]
     with _coalescing_manager(group):
         for out, x in zip(gathered, tensors, strict=True):
-            _ALL_GATHER(out, x.contiguous(), group=group)
+            _ALL_GATHER(out.view(torch.uint8), x.contiguous().view(torch.uint8), group=group)
     return gathered
 
 

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lockstep.kernels.address_range import tensors_in_range
+from lockstep.errors import RolloutError
+from lockstep.kernels.address_range import NoPagesLeft, tensors_in_range
 from lockstep.models import LanguageModel, build_model
 from lockstep.models.layers.moe import Experts
 from lockstep.parallel.decode import VisitExperts
@@ -43,8 +44,8 @@ class WholeModel:
                 first = _first_expert(self._stored[f"{prefix}.gate_up_proj"])
                 module.compute = VisitExperts(dist.group.WORLD, first)
         dense = [(name, p) for name, p in self.model.named_parameters() if p.is_meta and name in self._stored]
-        self._memory, tensors = tensors_in_range([(p.shape, dtype) for _, p in dense], device)
-        self._num_bytes = self._memory.data.nbytes
+        with _room():
+            self._memory, tensors = tensors_in_range([(p.shape, dtype) for _, p in dense], device)
         self._dense = {name: _fixed(tensor) for (name, _), tensor in zip(dense, tensors, strict=True)}
         for name, parameter in self._dense.items():
             prefix, _, own_name = name.rpartition(".")
@@ -81,15 +82,30 @@ class WholeModel:
 
     def _hold(self) -> None:
         if self._memory.can_release:
-            self._memory.hold()
+            with _room():
+                self._memory.hold()
         else:
-            self._memory.data.untyped_storage().resize_(self._num_bytes)
+            self._memory.data.untyped_storage().resize_(self._memory.data.nbytes)
 
     def _drop(self) -> None:
         if self._memory.can_release:
             self._memory.release()
         else:
             self._memory.data.untyped_storage().resize_(0)
+
+
+@contextmanager
+def _room() -> Iterator[None]:
+    try:
+        yield
+    except NoPagesLeft as error:
+        raise RolloutError(
+            "--actor-num-gpus-per-node",
+            dist.get_world_size(),
+            f"to sample, every GPU needs all dense weights, {error.wanted / 2**30:.1f} GiB, and has "
+            f"{error.left / 2**30:.1f} GiB left.",
+            "Use more GPUs, --optimizer-cpu-offload, or --rollout-engine sglang.",
+        ) from error
 
 
 def _fixed(tensor: Tensor) -> nn.Parameter:

@@ -64,8 +64,8 @@ class NoMeter:
 class ProcessMeter:
     """Peaks of this process, of its children's memory at the end of a phase, and of its GPU.
 
-    GPU peaks are those of tensors and of the sampler's caches, without CUDA itself and what the allocator holds in
-    reserve.
+    GPU peaks are those of tensors, of the sampler's caches and of weights gathered for it, without CUDA itself and what
+    the allocator holds in reserve.
     """
 
     def __init__(self, prediction: Prediction, device: torch.device) -> None:

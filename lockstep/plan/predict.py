@@ -194,10 +194,11 @@ class _Predictor:
         self.kept_gradient = 2 if is_bf16 else 4
         """Bytes of a number of a gradient that waits for the update."""
         self.summed_gradient = 4 if self.by_layer else self.kept_gradient
-        self.is_ahead = self.on_gpu and kernels == "fused" and (self.num_ranks == 1 or model.num_sparse_layers == 0)
+        self.is_ahead = self.on_gpu and kernels == "fused"
         """Decoding is a replay of graphs, and chosen experts are kept on the host."""
         self.hands_over = samples and self.on_gpu and self.num_ranks == 1
-        """The sampler's caches have memory while it samples only."""
+        """The sampler's caches may take what training needs. Those of several ranks have memory while they sample only,
+        too, but are planned as if they stayed."""
         self.micro_batch = self._pack(self.batches.micro_batch_tokens)
 
     def prediction(self) -> Prediction:
@@ -298,7 +299,9 @@ class _Predictor:
         return {"recorded routes": kv_tokens * per_token}
 
     def _host_routes(self, kv_tokens: int) -> Items:
-        return self._routes(kv_tokens) if self.samples and self.is_ahead else {}
+        if not self.samples or not self.is_ahead:
+            return {}
+        return {name: self.ranks_here * size for name, size in self._routes(kv_tokens).items()}
 
     @cached_property
     def kv_tokens(self) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import socket
 import uuid
 from collections import deque
@@ -70,8 +69,7 @@ class BroadcastTransport:
         common = {"group_name": self._name, "load_format": "flattened_bucket", "flush_cache": False}
         flat = next(flats)
         for bucket, last in with_version(buckets, version):
-            body = bucket.listing[:-1] + b", " + json.dumps(common | last).encode()[1:]
-            finish = post("/update_weights_from_distributed", [body] * num_servers)
+            finish = post("/update_weights_from_distributed", [bucket.request(common | last)] * num_servers)
             with self._failing_by_name():
                 work = self._group.broadcast(flat, 0)
                 following = next(flats, flat)  # while this one travels, the next is gathered

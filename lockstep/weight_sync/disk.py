@@ -20,7 +20,7 @@ class DiskTransport:
         assert source.export is not None, "this is the controller"
         source.export(self.folder)
         body = {"model_path": str(self.folder.resolve()), "flush_cache": False, "weight_version": version}
-        post_to_all(servers, "/update_weights_from_disk", [body] * len(servers), self.timeout_s)()
+        post_to_all(servers, "/update_weights_from_disk", [body] * len(servers), self.timeout_s)
 
     def forget(self) -> None:
         """Nothing ties the servers together."""

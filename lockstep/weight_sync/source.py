@@ -79,10 +79,14 @@ class Bucket:
         return torch.cat(parts)
 
     @cached_property
-    def listing(self) -> bytes:
+    def _listing(self) -> bytes:
         """What is in it, as SGLang reads it from JSON. Written once, as it is the same in every update."""
         dtypes = [str(dtype).removeprefix("torch.") for dtype in self.dtypes]
         return json.dumps({"names": self.names, "dtypes": dtypes, "shapes": self.shapes}).encode()
+
+    def request(self, further: dict[str, Any]) -> bytes:
+        """JSON of the listing and of what else a request says."""
+        return self._listing[:-1] + b", " + json.dumps(further).encode()[1:]
 
     @cached_property
     def places(self) -> list[SimpleNamespace]:
@@ -225,9 +229,7 @@ class Posts:
         return finish
 
 
-def post_to_all(
-    servers: Sequence[ServerApi], path: str, bodies: Sequence[dict[str, Any]], timeout_s: float
-) -> Callable[[], None]:
-    """A single post to all servers, which have answered by then; the result raises the first error."""
+def post_to_all(servers: Sequence[ServerApi], path: str, bodies: Sequence[dict[str, Any]], timeout_s: float) -> None:
+    """A single post to all servers at the same time; returns when all have answered, or raises the first error."""
     with Posts(servers, timeout_s) as post:
-        return post(path, bodies)
+        post(path, bodies)()

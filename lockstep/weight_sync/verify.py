@@ -22,8 +22,8 @@ def verify_equal(servers: Sequence[ServerApi], export: Path, version: str) -> No
     """
     sent = [_digests(server) for server in servers]
     disk = {"model_path": str(export.resolve()), "flush_cache": False, "weight_version": version}
-    post_to_all(servers, "/weights_checker", [{"action": "reset_tensors"}] * len(servers), _TIMEOUT_S)()
-    post_to_all(servers, "/update_weights_from_disk", [disk] * len(servers), _TIMEOUT_S)()
+    post_to_all(servers, "/weights_checker", [{"action": "reset_tensors"}] * len(servers), _TIMEOUT_S)
+    post_to_all(servers, "/update_weights_from_disk", [disk] * len(servers), _TIMEOUT_S)
     for server, before in zip(servers, sent, strict=True):
         after = _digests(server)
         if differing := sorted(name for name in before.keys() | after if before.get(name) != after.get(name)):

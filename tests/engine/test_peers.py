@@ -39,6 +39,22 @@ def test_gathered_weights_are_the_divided_ones_and_take_no_memory_afterwards(fou
         assert report["gathered"]["bytes"] == [0, 0]
 
 
+def test_ranks_drop_their_graphs_together(found: list[dict[str, Any]]) -> None:
+    """For a new table or a new weight of any of them: a rank that captured alone would wait for the other for ever."""
+    first, second = (report["forgotten"] for report in found)
+    assert first == second
+    assert first[:2] == [0, 0], "nothing is captured there"
+    assert all(count == 3 for count in first[2:]), "at the start, for rank 0's long request, for its new weight"
+
+
+def test_rows_of_several_types_that_are_sent_together_arrive_as_they_were(found: list[dict[str, Any]]) -> None:
+    for report in found:
+        rows, ids, weights = report["exchanged"]
+        assert rows.tolist() == [[1.5] * 3] * 2 + [[2.5] * 3] * 2
+        assert ids.tolist() == [[511, 257], [-1, 2**40], [511, 257], [-1, 2**40 + 1]]
+        assert torch.equal(weights, torch.tensor([[1 / 3]] * 2 + [[1 / 3 + 1]] * 2))
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Of each rank, what it sampled in every way, and what it gathered."""

@@ -195,3 +195,4 @@ def test_ranks_that_share_experts_replay_graphs_of_what_they_compute_without(tmp
         assert [g.log_probs for g in got] == [g.log_probs for g in wanted]
         assert report["gathered"]["equal"] == [True, True]
         assert report["gathered"]["addresses"][0] == report["gathered"]["addresses"][1]
+        assert report["gathered"]["bytes"] == [0, 0]

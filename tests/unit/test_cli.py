@@ -44,15 +44,28 @@ print(json.dumps([n for n in ("torch", "transformers", "numpy", "pyarrow", "plot
     assert json.loads(python(code).stdout.splitlines()[-1]) == []
 
 
-@pytest.mark.parametrize("set_by_user", [{}, {"PYTORCH_ALLOC_CONF": "a"}, {"PYTORCH_CUDA_ALLOC_CONF": "b"}])
-def test_the_gpus_allocator_works_in_segments_that_grow_unless_the_user_has_said_how(monkeypatch, set_by_user):
-    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in set_by_user.items():
-        monkeypatch.setenv(name, value)
-    cli.main([])
-    found = {name: value for name, value in os.environ.items() if name.endswith("ALLOC_CONF")}
-    assert found == (set_by_user or {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True,large_segment_size_mb:128"})
+GROWING = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True,large_segment_size_mb:128"}
+SGLANG = ["--rollout-engine", "sglang", "--rollout-external-engine-addrs", "127.0.0.1:1"]
+
+
+@pytest.mark.parametrize(
+    ("words", "set_by_user", "found"),
+    [
+        ([], {}, GROWING),
+        ([], {"PYTORCH_ALLOC_CONF": "a"}, {"PYTORCH_ALLOC_CONF": "a"}),
+        ([], {"PYTORCH_CUDA_ALLOC_CONF": "b"}, {"PYTORCH_CUDA_ALLOC_CONF": "b"}),
+        (SGLANG, {}, {}),
+        ([*SGLANG, "--update-weight-transport", "nccl"], {}, GROWING),
+    ],
+)
+def test_training_has_segments_that_grow_unless_the_user_or_a_server_that_opens_them_has_a_say(
+    monkeypatch, words, set_by_user, found
+):
+    environment = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name} | set_by_user
+    monkeypatch.setattr(os, "environ", environment)
+    install(monkeypatch, "lockstep.loop", train=lambda config: 0)
+    assert cli.main([*TRAIN, *words]) == 0
+    assert {name: value for name, value in environment.items() if "ALLOC_CONF" in name} == found
 
 
 def test_help_takes_less_than_a_second():

@@ -82,7 +82,7 @@ class AheadRunner(ModelRunner):
     @torch.inference_mode()
     def run(self, sequences: list[Sequence]) -> list[Sequence]:
         """Start the passes of these sequences. Returns those whose tokens arrived, which are of the call before."""
-        self.caches.memory.hold()
+        self.caches.hold()
         decoding = [s for s in sequences if self.state.row_of(s) is not None]
         others = [s for s in sequences if self.state.row_of(s) is None]
         assert not any(s.num_pending_tokens for s in others), "a prompt's tokens are known"
@@ -101,7 +101,8 @@ class AheadRunner(ModelRunner):
         self._may_have_moved = True
 
     def _agree(self, decoding: list[Sequence], others: list[Sequence]) -> tuple[int, int]:
-        """Rows to decode and prompts' tokens to compute, of this rank or the most that any of its peers has."""
+        """Rows to decode and prompts' tokens to compute, of this rank or the most that any of its peers has. Where
+        anything of theirs has moved, all drop their graphs: they have to capture the next ones together."""
         must_forget = int(self._may_have_moved and self.steps.have_moved())
         counts = [len(decoding), sum(s.num_scheduled_tokens for s in others), must_forget]
         num_rows, num_tokens, must_forget = counts if self.peers is None else self.peers.most(*counts)

@@ -7,12 +7,15 @@ heads, H head dim; of the delta rule: V value heads, J value head dim, C channel
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lockstep.kernels.address_range import tensors_in_range
+from lockstep.errors import RolloutError
+from lockstep.kernels.address_range import NoPagesLeft, tensors_in_range
 from lockstep.kernels.causal_conv import causal_conv, causal_conv_step
 from lockstep.kernels.gated_delta_rule import gated_delta_rule, gated_delta_step
 from lockstep.kernels.packed import PackedDocuments
@@ -37,7 +40,13 @@ class Caches:
             ((*slots, *conv_shape), weight.dtype),
             ((*slots, *delta_shape), torch.float32),
         ]
-        self.memory, (self.kv, self.conv, self.delta) = tensors_in_range(shapes, weight.device)
+        with _enough_memory():
+            self.memory, (self.kv, self.conv, self.delta) = tensors_in_range(shapes, weight.device)
+
+    def hold(self) -> None:
+        """Have memory, if that was given back; what was in it is lost."""
+        with _enough_memory():
+            self.memory.hold()
 
     def copy_states(self, sources: list[int], targets: list[int]) -> None:
         """Copy states of sequences between slots; no slot may be in both lists."""
@@ -45,6 +54,19 @@ class Caches:
             source_ids, target_ids = (torch.tensor(ids, device=self.kv.device) for ids in (sources, targets))
             for pool in (self.conv, self.delta):
                 pool.index_copy_(1, target_ids, pool[:, source_ids])
+
+
+@contextmanager
+def _enough_memory() -> Iterator[None]:
+    try:
+        yield
+    except NoPagesLeft as error:
+        raise RolloutError(
+            "--sglang-mem-fraction-static",
+            f"{error.wanted / 2**30:.1f} GiB of caches",
+            f"the GPU has {error.left / 2**30:.1f} GiB left beside the weights and the optimizer.",
+            "Lower it, or --rollout-max-tokens.",
+        ) from error
 
 
 def state_shapes(config: ModelConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -68,7 +68,7 @@ class ModelRunner:
         Returns:
             Sequences that have a new token.
         """
-        self.caches.memory.hold()
+        self.caches.hold()
         ending = [s for s in sequences if s.samples_next]
         self._begin_from_kept_states(sequences)
         own_passes = passes(sequences, self.most_padded_scores)

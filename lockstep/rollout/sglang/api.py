@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import time
 from collections.abc import Sequence
@@ -131,4 +132,6 @@ class ServerApi:
 @cache
 def _client() -> httpx.Client:
     """One for all servers and threads: to read certificates and to connect takes longer than most answers."""
-    return httpx.Client(limits=httpx.Limits(max_connections=None, keepalive_expiry=_KEPT_S))
+    client = httpx.Client(limits=httpx.Limits(max_connections=None, keepalive_expiry=_KEPT_S))
+    atexit.register(client.close)
+    return client

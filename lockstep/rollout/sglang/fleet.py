@@ -179,8 +179,6 @@ class ServerFleet:
 
     def _update(self, version: str) -> None:
         behind = [server for server in self._present if self._loaded.get(server) != version or self.check_equal]
-        if self._released[_WEIGHTS] and self.free_memory is not None:
-            self.free_memory()
         self._resume(_WEIGHTS)
         with _paused(self._present, self.health_timeout_s):
             if behind:
@@ -192,8 +190,11 @@ class ServerFleet:
             self._resume(_OTHER_MEMORY)
 
     def _resume(self, tags: tuple[str, ...]) -> None:
-        """Have it taken again; to ask a server for what it has kills it."""
+        """Have it taken again, when training has given back what it only keeps in reserve, buckets of weights too; to
+        ask a server for what it has kills it."""
         released = self._released[tags]
+        if released and self.free_memory is not None:
+            self.free_memory()
         while released:
             released.pop().api.resume_memory(tags)
 

@@ -133,7 +133,8 @@ def _transport(config: Config, trainer: TrainingEngine, device: torch.device) ->
     plan = TransportPlan(
         kind=kind,
         backend="nccl" if device.type == "cuda" else "gloo",
-        bucket_bytes=options.update_weight_buffer_size or (2**31 if kind == "tensor" else 2**29),
+        bucket_bytes=options.update_weight_buffer_size
+        or (2**31 if kind == "tensor" and device.type == "cuda" else 2**29),
         tp_size=cluster.rollout_num_gpus_per_engine,
         timeout_s=config.sglang.rollout_server_start_timeout,
     )

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import pickle
+import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
+import torch.distributed as dist
 from tiny_models import dense_config, hf_model, twin_of
 
 from lockstep.errors import RolloutError
+from lockstep.parallel.mesh import Layout, Meshes
+from lockstep.parallel.shard import shard_model
 from lockstep.rollout.sglang.api import ServerApi
 from lockstep.weight_sync import TensorTransport, WeightSource, tensor
 from lockstep.weight_sync.source import BucketPlan
@@ -132,11 +141,41 @@ def test_after_a_refusal_nothing_more_is_sent_or_shared(
     assert len(shared) == 3
 
 
+def send_with_a_peer(rank: int, folder: str, url: str) -> None:
+    """What became of an update by a trainer of two ranks goes to a file."""
+    root = Path(folder)
+    dist.init_process_group("gloo", None, timedelta(minutes=1), 2, rank, dist.FileStore(str(root / "store"), 2))
+    model = twin_of(hf_model(dense_config(1)))
+    shard_model(model, Meshes(Layout(world_size=2), "cpu"), reduce_dtype=None)
+    source = WeightSource(export=None, model=lambda: nullcontext(model))
+    try:
+        TensorTransport(bucket_bytes=BUCKET_BYTES, tp_size=1, timeout_s=60).send([ServerApi(url)], source, "7")
+        outcome = "returned"
+    except Exception as error:
+        outcome = f"{type(error).__name__}: {error}"
+    (root / f"rank_{rank}").write_text(outcome)
+    os._exit(0)  # taking process groups down aborts now and then, in their own threads
+
+
+def test_ranks_stop_together_after_a_refusal_and_the_first_says_why(server: ServerApi, tmp_path: Path) -> None:
+    Receiver.refused = 1
+    code = f"import sys; sys.path[:] = {sys.path}; from {__name__} import send_with_a_peer as send; send"
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", f"{code}({rank}, {str(tmp_path)!r}, {server.url!r})"])
+        for rank in range(2)
+    ]
+    assert [rank.wait(120) for rank in ranks] == [0, 0]
+    assert re.match("RolloutError: .*no room", (tmp_path / "rank_0").read_text())
+    assert (tmp_path / "rank_1").read_text() == "returned"
+    assert len(Receiver.bodies) == 2
+
+
 def test_a_bucket_lists_in_json_what_is_in_it(source: WeightSource) -> None:
     assert source.model is not None
     with source.model() as model:
         for bucket in BucketPlan(BUCKET_BYTES).of(model):
-            listing = json.loads(bucket.listing)
+            listing = json.loads(bucket.request({"a": 1}))
             dtypes = [getattr(torch, name) for name in listing.pop("dtypes")]
             assert dtypes == bucket.dtypes
+            assert listing.pop("a") == 1
             assert listing == {"names": bucket.names, "shapes": [list(shape) for shape in bucket.shapes]}
