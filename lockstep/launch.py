@@ -79,7 +79,7 @@ def explain(config: Config, hosts: Sequence[str], port: int, train_words: Sequen
     commands = [shlex.join(command) for command in start_commands(config, hosts, port)]
     lines = [
         f"# {len(hosts)} hosts: {head} runs the controller. Every host needs the same Python environment at the same",
-        f"# place, with lockstep-rl[ray], and the same paths: {shared}. All ports between them must be open.",
+        f"# place, with Lockstep and Ray, and the same paths: {shared}. All ports between them must be open.",
         "",
         f"# 1. A secret that all nodes share. On {head}:",
         "ray get-auth-token --generate > /dev/null",

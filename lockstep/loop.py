@@ -86,7 +86,10 @@ async def _train(run: Run, observer: Observer, stop: GracefulStop) -> int:
         elif run.next_rollout_id == 0 and run.eval_function is not None and not options.eval.skip_eval_before_train:
             observer.log(-1, await stop.abandonable(run_eval(run, observer, -1)))
         if run.next_rollout_id >= run.num_rollout:
-            observer.note(f"nothing is left to do: {run.next_rollout_id} of {run.num_rollout} rollouts are done")
+            observer.note(
+                f"nothing is left to do: {run.next_rollout_id} of {run.num_rollout} rollouts are done "
+                "(--num-rollout counts from the beginning)"
+            )
         for rollout_id in range(run.next_rollout_id, run.num_rollout):
             border = rollouts.state()
             try:

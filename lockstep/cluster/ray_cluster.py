@@ -89,7 +89,7 @@ class RayCluster:
                 "Ray's nodes",
                 str(error).strip().splitlines()[-1],
                 "what starts the ranks did not start there.",
-                "Install the same lockstep-rl[ray] on every node.",
+                "Install the same Lockstep and Ray on every node.",
             ) from None
         ours = installed_versions()
         for address, theirs in seen:

@@ -225,7 +225,7 @@ def _join_ray(config: Config) -> RayCluster:
             "--actor-num-nodes" if config.cluster.ray_address is None else "--ray-address",
             config.cluster.ray_address or config.cluster.actor_num_nodes,
             f"Ray would start the processes, and it is not installed ({error.name}).",
-            'Install it on every machine: pip install "lockstep-rl[ray]".',
+            'Install it on every machine: pip install "ray>=2.60,<3".',
         ) from None
     cluster = config.cluster
     shares = [cluster.actor_num_gpus_per_node] * cluster.actor_num_nodes

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lockstep.kernels.fused import apply, is_fused
+from lockstep.kernels.lookup import look_up
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,14 @@ class Slots:
 
 
 def spread(x_TD: Tensor, slots: Slots) -> Tensor:
-    """Each token's row once for every slot, `[R, D]`. The gradient sums over slots in the router's order."""
+    """Each token's row once for every slot, `[R, D]`. The gradient sums over slots in the router's order; on a CPU in
+    that of the experts."""
     if is_fused(x_TD):
         from lockstep.kernels.slots_triton import Spread
 
         fused: Tensor = apply(Spread, x_TD, slots.row_TS)
         return fused
-    return x_TD[slots.slot_R // slots.row_TS.shape[1]]
+    return look_up(x_TD, slots.slot_R // slots.row_TS.shape[1])
 
 
 def collect(rows_RD: Tensor, slots: Slots) -> Tensor:

@@ -81,7 +81,10 @@ class Layout:
         nearest = min((layout for layout in self._others() if layout._problem(config) is None), key=self._distance)
         flags = " ".join(f"{flag} {getattr(nearest, name)}" for name, flag in _FLAGS.items())
         given = " without --decoder-first/last-pipeline-num-layers" if self._has_stage_sizes else ""
-        raise OptionError(field, value, reason, f"The nearest possible layout is {flags}{given}.")
+        needed = self.tp_size * self.cp_size * self.pp_size
+        enough = f"Give {needed} ranks: --actor-num-gpus-per-node {needed}. " if needed > self.world_size else ""
+        ranks = f" of {self.world_size} ranks" if enough else ""
+        raise OptionError(field, value, reason, f"{enough}The nearest possible layout{ranks} is {flags}{given}.")
 
     @property
     def _has_stage_sizes(self) -> bool:
@@ -101,11 +104,16 @@ class Layout:
         tp, cp, pp, ep, etp = (getattr(self, name) for name in _FLAGS)
         flag = dict(zip(("tp", "cp", "pp", "ep", "etp"), _FLAGS.values(), strict=True))
         if self.world_size % (tp * cp * pp):
-            reason = f"tensor {tp} x context {cp} x pipeline {pp} does not divide the {self.world_size} ranks."
+            ranks = f"{self.world_size} rank{'s' if self.world_size > 1 else ''}"
+            reason = f"tensor {tp} x context {cp} x pipeline {pp} does not divide the {ranks} that there are."
             return flag["tp"], tp, reason
         if self.world_size // pp % (ep * etp):
-            ranks = self.world_size // pp
-            return flag["ep"], ep, f"expert {ep} x expert tensor {etp} does not divide the {ranks} ranks of a stage."
+            num_ranks = self.world_size // pp
+            return (
+                flag["ep"],
+                ep,
+                f"expert {ep} x expert tensor {etp} does not divide the {num_ranks} ranks of a stage.",
+            )
         if etp > 1 and config.moe_intermediate_size % (etp * _EXPERT_WIDTH_MULTIPLE):
             width = config.moe_intermediate_size
             return flag["etp"], etp, f"a share of an expert's width {width} is no multiple of {_EXPERT_WIDTH_MULTIPLE}."

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
+from lockstep.kernels.lookup import look_up
 from lockstep.models import LanguageModel
 from lockstep.models.layers.attention import Attention
 from lockstep.models.layers.embedding import Embedding
@@ -41,7 +42,7 @@ class VocabParallelEmbedding(nn.Module):
         size = len(self.weight)
         places_T = input_ids_T - size * self.group.rank()
         is_mine_T = (places_T >= 0) & (places_T < size)
-        rows_TD = self.weight[places_T.where(is_mine_T, 0)] * is_mine_T.unsqueeze(1)
+        rows_TD = look_up(self.weight, places_T.where(is_mine_T, 0)) * is_mine_T.unsqueeze(1)
         return reduce_scatter_rows(rows_TD, self.group)
 
 

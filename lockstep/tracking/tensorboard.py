@@ -25,7 +25,7 @@ class TensorBoardTracker:
                 "--use-tensorboard",
                 True,
                 f"The tensorboard package cannot be imported ({error}).",
-                "Install it with `pip install 'lockstep-rl[tensorboard]'`, or leave the option out.",
+                "Install it with `pip install tensorboard`, or leave the option out.",
             ) from error
         self._event, self._summary = event_pb2, summary_pb2
         default = run_dir / "tensorboard" / (options.tb_project_name or "") / (options.tb_experiment_name or "")

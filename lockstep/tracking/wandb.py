@@ -33,7 +33,7 @@ class WandbTracker:
                 "--use-wandb",
                 True,
                 f"The wandb package cannot be imported ({error}).",
-                "Install it with `pip install 'lockstep-rl[wandb]'`, or leave the option out.",
+                "Install it with `pip install wandb`, or leave the option out.",
             ) from error
         try:
             if options.wandb_key and options.wandb_mode in (None, "online"):

@@ -1,8 +1,8 @@
 """The quickstart: make a small model and data, warm up by imitation, then learn by reinforcement.
 
-    python recipes/quickstart/run.py [--output DIR] [--seed N] [options of `lockstep train` for the GRPO phase]
+    ./scripts/quickstart [--output DIR] [--seed N] [options of `lockstep train` for the GRPO phase]
 
-Exits with 1 when reinforcement did not raise held-out accuracy by `REQUIRED_RISE`.
+Exits with 1 when reinforcement raised held-out accuracy by less than 0.3.
 """
 
 from __future__ import annotations
@@ -23,9 +23,20 @@ REQUIRED_RISE = 0.3
 
 def train(recipe: str, *options: str) -> None:
     """Run `lockstep train` exactly as a user would; its exit code ends the quickstart if it is not 0."""
-    command = [sys.executable, "-m", "lockstep", "train", str(HERE / recipe), *options]
-    code = subprocess.run(command, check=False).returncode
+    process = subprocess.Popen([sys.executable, "-m", "lockstep", "train", str(HERE / recipe), *options])
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:
+        code = process.wait()  # it has heard of it too, and saves
+        print("quickstart: stopped; run it again to begin anew", file=sys.stderr)
     if code != 0:
+        sys.exit(code)
+
+
+def require_valid(recipe: str, *options: str) -> None:
+    """Refuse a mistyped option before anything is made."""
+    command = [sys.executable, "-m", "lockstep", "train", str(HERE / recipe), *options, "--dry-run"]
+    if code := subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode:
         sys.exit(code)
 
 
@@ -36,28 +47,33 @@ def heldout_accuracies(run_dir: Path) -> tuple[list[float], int]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("runs/quickstart"))
-    parser.add_argument("--seed", type=int, default=0)
+    parser = argparse.ArgumentParser(
+        prog="scripts/quickstart", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="folder of all that it makes")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, problems and samples")
     arguments, grpo_options = parser.parse_known_args()
     started = time.monotonic()
     output: Path = arguments.output
     data, warm = output / "data", output / "sft"
 
+    seeds = ("--seed", str(arguments.seed), "--rollout-seed", str(arguments.seed))
+    reinforcement = (
+        "--hf-checkpoint", str(warm / "hf"), "--prompt-data", str(data / "train.jsonl"),
+        "--eval-prompt-data", "heldout", str(data / "heldout.jsonl"), "--save", str(output / "checkpoints"),
+        "--run-dir", str(output), *seeds, *grpo_options,
+    )  # fmt: skip
+    require_valid("grpo.toml", *reinforcement)
+
     print("quickstart 1/3: making a Qwen3-MoE checkpoint, a tokenizer and addition problems", flush=True)
     prepare(data, arguments.seed)
-    seeds = ("--seed", str(arguments.seed), "--rollout-seed", str(arguments.seed))
     print("quickstart 2/3: warming up by imitating a sloppy teacher (supervised fine-tuning)", flush=True)
     train(
         "sft.toml", "--hf-checkpoint", str(data / "model"), "--prompt-data", str(data / "sft.jsonl"),
         "--save-hf", str(warm / "hf"), "--save", str(warm / "checkpoints"), "--run-dir", str(warm), *seeds,
     )  # fmt: skip
     print("quickstart 3/3: learning to carry by reinforcement (GRPO)", flush=True)
-    train(
-        "grpo.toml", "--hf-checkpoint", str(warm / "hf"), "--prompt-data", str(data / "train.jsonl"),
-        "--eval-prompt-data", "heldout", str(data / "heldout.jsonl"), "--save", str(output / "checkpoints"),
-        "--run-dir", str(output), *seeds, *grpo_options,
-    )  # fmt: skip
+    train("grpo.toml", *reinforcement)
 
     accuracies, steps = heldout_accuracies(output)
     before, after = accuracies[0], accuracies[-1]

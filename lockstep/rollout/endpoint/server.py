@@ -140,7 +140,7 @@ def listen(host: str, port: int, option: str) -> socket.socket:
             option,
             port,
             f"serving needs the package {missing[0]}, which is not installed.",
-            "Install it with `pip install 'lockstep-rl[serve]'`.",
+            "Install what serves: `pip install starlette uvicorn`.",
         )
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET

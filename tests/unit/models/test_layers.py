@@ -1,8 +1,13 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import pytest
 import torch
+from tiny_models import VOCAB, packed_logits, random_documents, tiny_moe, tiny_next
 
 from lockstep.kernels.norm_rotary import rotate
+from lockstep.models import LanguageModel
 from lockstep.models.layers.mlp import GatedMLP
 from lockstep.models.layers.moe import MoE, RecordRoutes
 from lockstep.models.layers.norm import RMSNorm
@@ -56,3 +61,23 @@ def test_recorded_routes_have_one_layer_per_sparse_layer() -> None:
     record(0, probs, 2)
     record(1, probs.flip(1), 2)
     assert record.stacked().tolist() == [[[1, 2], [1, 0]], [[0, 2], [2, 0]]]
+
+
+@pytest.mark.parametrize("make", [tiny_moe, tiny_next])
+def test_gradients_repeat_bit_for_bit_on_two_threads(make: Callable[..., LanguageModel]) -> None:
+    """Every number of every gradient, of a pack that is large enough for both: a resumed run is equal to one that was
+    never stopped."""
+    model = make(hidden_size=128)
+    documents = random_documents([700, 500, 900])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        gradients = []
+        for _ in range(4):
+            model.zero_grad()
+            logits_TV = packed_logits(model, documents)
+            (logits_TV.log_softmax(-1) * torch.linspace(0, 1, VOCAB)).sum().backward()
+            gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    finally:
+        torch.set_num_threads(threads)
+    assert [n for other in gradients[1:] for n, g in other.items() if not torch.equal(g, gradients[0][n])] == []

@@ -92,6 +92,14 @@ def test_an_impossible_layout_is_refused_with_the_nearest_possible_one(
     Layout(world_size=world_size, **dict(zip(names, numbers, strict=True))).check(config)
 
 
+def test_too_few_ranks_are_named_before_the_nearest_layout() -> None:
+    with pytest.raises(OptionError, match="does not divide the 1 rank that there are") as refusal:
+        Layout(world_size=1, tp_size=2).check(DENSE)
+    assert refusal.value.remedy.startswith(
+        "Give 2 ranks: --actor-num-gpus-per-node 2. The nearest possible layout of 1"
+    )
+
+
 def test_the_nearest_layout_changes_as_few_options_as_possible() -> None:
     with pytest.raises(OptionError) as refusal:
         Layout(world_size=16, tp_size=16, ep_size=2).check(NEXT)
