@@ -121,6 +121,7 @@ class Observer:
         self.clock = clock
         logging = run.config.logging
         self._kept: list[dict[str, Any]] = []
+        self._silent_steps = 0
         self._token_text = cache(lambda token: run.tokenizer.decode([token]))
         self._rollout_log = load_optional_hook(
             logging.custom_rollout_log_function_path, "--custom-rollout-log-function-path"
@@ -176,6 +177,7 @@ class Observer:
             advantages = [sample.advantage for sample in data.train_samples]
             of_advantages = ("rollout/advantages", "rollout/returns", "rollout/rewards")
             metrics |= dict.fromkeys(of_advantages, sum(advantages) / len(advantages))
+            self._note_silence(advantages)
         if self.run.config.logging.log_correct_samples:
             log_probs = [p.log_probs.tolist() for p in policy]
             metrics |= declared.correct_sample_metrics(data.samples, log_probs, self.run.args)
@@ -184,6 +186,15 @@ class Observer:
             self.note("an optimizer step was skipped: the gradient's norm was not finite; the weights are untouched")
         declared.check(metrics)
         return metrics
+
+    def _note_silence(self, advantages: list[float]) -> None:
+        """Say when rewards teach nothing, and every tenth time that they go on like that."""
+        self._silent_steps = 0 if any(advantages) else self._silent_steps + 1
+        if self._silent_steps % 10 == 1:
+            self.note(
+                "every advantage of this step is 0, as the samples of each prompt got equal rewards: there is nothing "
+                "to learn from"
+            )
 
     def evaluation(self, rollout_id: int, output: RolloutFnEvalOutput) -> dict[str, float]:
         """Metrics of the held-out sets."""

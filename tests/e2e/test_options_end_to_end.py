@@ -79,6 +79,16 @@ def test_evaluation_needs_neither_prompts_nor_a_length(workshop: Workshop, tmp_p
     assert "eval/held " in done.stdout
 
 
+def test_a_run_whose_rewards_teach_nothing_says_so_once_in_ten_steps(workshop: Workshop, tmp_path: Path):
+    own_reward = tmp_path / "reward.py"
+    own_reward.write_text("def always_one(args, sample):\n    return 1.0\n")
+    options = {"custom_rm_path": f"{own_reward}:always_one", "num_rollout": 3}
+    done = run(*workshop.train(tmp_path / "silent", **options))
+    assert done.stdout.count("every advantage of this step is 0") == 1
+    done = run(*workshop.train(tmp_path / "telling", num_rollout=1))
+    assert "every advantage" not in done.stdout
+
+
 def test_stored_rollouts_are_trained_on_without_prompts_or_optimizer_state(workshop: Workshop, tmp_path: Path):
     stored = str(tmp_path / "stored" / "{rollout_id}.pt")
     evaluated = {"eval_prompt_data": ["held", workshop.heldout], "eval_interval": 2}
