@@ -95,12 +95,19 @@ async def generate_rollout(
         while state.spare and len(state.kept) < args.rollout_batch_size:
             state.kept.append(state.spare.pop(0))
         empty_rounds = 0 if len(state.kept) > kept_before else empty_rounds + 1
-        no_reward_works = bool(empty_rounds and state.first_failure) and not context.rewards.has_scored
-        if empty_rounds == MAX_EMPTY_ROUNDS or no_reward_works:
+        if empty_rounds and state.first_failure and not context.rewards.has_scored:
+            num_failed = sum(state.counts[f"reward_{outcome}"] for outcome in FAILURES)
+            raise RolloutError(
+                "reward",
+                f"{num_failed} failures in {num_failed} samples",
+                f"no reward has worked so far; the first failed with: {state.first_failure}.",
+                "Fix the reward, or give it longer (--reward-timeout).",
+            )
+        if empty_rounds == MAX_EMPTY_ROUNDS:
             raise RolloutError(
                 "rollout",
                 ", ".join(f"{count} {name}" for name, count in state.counts.items()),
-                f"{empty_rounds} {'round' if empty_rounds == 1 else 'rounds'} of prompts left no group to train on"
+                f"{empty_rounds} rounds of prompts left no group to train on"
                 f"{f', and a reward failed: {state.first_failure}' if state.first_failure else ''}.",
                 "Look at the dynamic sampling filter, the reward and --reward-failure-policy.",
             )

@@ -373,7 +373,9 @@ def test_a_reward_that_is_none_ends_the_run_if_the_user_wants_that(workshop, tmp
 
 def test_rewards_that_all_fail_do_not_go_on_for_ever(workshop, tmp_path, capsys):
     words = workshop.train(tmp_path, custom_rm_path=hook("raises"))
-    assert_says(complaint(capsys, words, 1), ("rollout is ", "1 round of prompts", "missing piece", "Look at"))
+    assert_says(
+        complaint(capsys, words, 1), ("reward is ", "no reward has worked so far", "missing piece", "Fix the reward")
+    )
 
 
 @pytest.mark.parametrize(
