@@ -106,7 +106,7 @@ class RewardPool:
         self._is_async: dict[RewardName, bool] = {}
         self._workers: set[_Worker] = set()
         self._counts: dict[bool, Counter[str]] = {False: Counter(), True: Counter()}
-        self._seen: set[Outcome] = set()
+        self._seen: Counter[Outcome] = Counter()
 
     async def __aenter__(self) -> Self:
         return self
@@ -166,20 +166,28 @@ class RewardPool:
             outcomes.append(RewardOutcome(verdict.outcome, sample.reward, verdict.detail, duration_s))
             if verdict.outcome is not Outcome.OK and self._failure_policy == "stop":
                 raise _stopping_error(name, sample, verdict)
-            self._tell_of_the_first(verdict, sample)
+            self._tell_of_failures(verdict, sample)
         return outcomes
 
     @property
     def has_scored(self) -> bool:
         """Whether any reward has worked so far."""
-        return Outcome.OK in self._seen
+        return self._seen[Outcome.OK] > 0
 
-    def _tell_of_the_first(self, verdict: Verdict, sample: Sample) -> None:
-        """Warn of each kind of failure when it is first seen: where every reward hangs, a rollout takes very long."""
-        if verdict.outcome not in self._seen and verdict.outcome in FAILURES:
+    def _tell_of_failures(self, verdict: Verdict, sample: Sample) -> None:
+        """Warn of the first of each kind, and of every doubling from 8: where all rewards hang, a rollout takes very
+        long."""
+        self._seen[verdict.outcome] += 1
+        count = self._seen[verdict.outcome]
+        if verdict.outcome not in FAILURES:
+            return
+        if count == 1:
             reason = verdict.detail.partition("\n")[0]
             logger.warning("The reward of sample %s failed (%s): %s", sample.index, verdict.outcome, reason)
-        self._seen.add(verdict.outcome)
+        elif count >= 8 and count & (count - 1) == 0:
+            logger.warning(
+                "%d rewards have failed so far (%s), and %d worked", count, verdict.outcome, self._seen[Outcome.OK]
+            )
 
     def _after_failure(self, reward_key: str | None) -> Reward | None:
         if self._failure_policy != "zero":

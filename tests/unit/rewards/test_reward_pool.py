@@ -149,6 +149,12 @@ def test_the_first_failure_of_each_kind_is_told_at_once(caplog):
     assert re.match(r"The reward of sample 2 failed \(invalid\): ", second)
 
 
+def test_failures_that_go_on_are_counted_aloud(caplog):
+    score_all(["1", *["raise"] * 20])
+    told = [record.getMessage() for record in caplog.records]
+    assert told[1:] == [f"{count} rewards have failed so far (exception), and 1 worked" for count in (8, 16)]
+
+
 def test_returning_nonsense_is_invalid_and_raising_is_an_exception():
     responses = ["nan", "infinite", "none", "text", "raise", "sys.exit", "unpicklable", "local class", "dict", "fine"]
     outcomes, _ = score_all(responses, timeout_s=10)
