@@ -227,6 +227,13 @@ def test_a_bad_request_is_refused_in_openais_words(
     assert desk.complete(max_tokens=1)["choices"], "the next one is served"
 
 
+def test_whoever_names_no_model_means_the_one_that_there_is(desk: Desk) -> None:
+    body = {"prompt": "abc", "max_tokens": 5, "seed": 3}
+    answers = [desk.client.post("/v1/completions", json=body | named).json() for named in ({}, {"model": "tiny"})]
+    assert answers[0]["choices"] == answers[1]["choices"]
+    assert answers[0]["model"] == "tiny"
+
+
 def test_what_is_no_json_or_no_route_is_refused_in_openais_words(desk: Desk) -> None:
     for response, status in (
         (desk.client.post("/v1/completions", content="{"), 400),

@@ -249,9 +249,7 @@ def _check_fields(body: Mapping[str, Any], known: set[str], limits: Limits) -> N
             raise RequestError(f"{name} is not known here. Known are {', '.join(sorted(known))}.", name)
         if name in _NEUTRAL and value not in _NEUTRAL[name]:
             raise RequestError(f"{name} {value!r} is not there: leave it out.", name)
-    if (model := body.get("model")) is None:
-        raise RequestError(f"model is missing; this is {limits.model!r}.", "model")
-    if model != limits.model:
+    if (model := body.get("model", limits.model)) != limits.model:
         raise RequestError(
             f"The model {model!r} does not exist; this is {limits.model!r}.",
             "model",
