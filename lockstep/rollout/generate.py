@@ -99,7 +99,7 @@ async def generate_rollout(
             num_failed = sum(state.counts[f"reward_{outcome}"] for outcome in FAILURES)
             raise RolloutError(
                 "reward",
-                f"{num_failed} failures in {num_failed} samples",
+                f"{num_failed} failures",
                 f"no reward has worked so far; the first failed with: {state.first_failure}.",
                 "Fix the reward, or give it longer (--reward-timeout).",
             )
