@@ -254,7 +254,7 @@ def test_without_a_gpu_memory_is_a_plain_tensor_and_the_plain_runner_computes() 
     assert serve(engine, requests)[0].cached_tokens == 8, "nothing was given away, so prefixes are still there"
 
 
-def test_fp32_and_ranks_that_share_experts_get_the_plain_runner() -> None:
+def test_bf16_without_a_gpu_gets_the_plain_runner() -> None:
     model = tiny_dense().bfloat16()
     sizes: dict[str, Any] = {"num_blocks": 8, "block_size": 4, "max_running": 2}
     assert type(make_runner(model, **sizes, peers=None, graph_sizes=())) is ModelRunner, "there is no GPU here"
